@@ -1,0 +1,297 @@
+"""Reading and writing checkpoints in the published format: `config.json`, `tokenizer.json`, safetensors.
+
+Nothing here executes code from a checkpoint. Every tensor is accounted for: missing, unknown, misshapen or
+non-finite ones are errors that name them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from lastrerank.config import ModelConfig
+from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
+
+BUNDLED_MODELS = Path(__file__).parent / "models"
+
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json")
+# Not weights of this model: an output head that is never used, and a buffer some exporters write.
+_IGNORED = re.compile(r"lm_head\.weight|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# The projector's two matrices, by the names of the published package and of its ports.
+_PROJECTOR = re.compile(r"(?:projector\.)?(0|2|linear1|linear2)\.weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its small files parsed. `weights` reads the large ones."""
+
+    folder: Path
+    raw_config: Mapping[str, Any]
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    def weights(self, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+        """All weights on `device` in `dtype`, q, k, v and gate, up packed; norms in `dtype` too.
+
+        Raises:
+            ValueError: a file is damaged, or tensors are missing, unknown, misshapen or not finite.
+        """
+        with _Tensors(self.folder) as tensors:
+            return _load(self.config, tensors, device, dtype)
+
+
+def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: a folder as it is, a bundled model's name, or a Hub id, downloaded once.
+
+    Raises:
+        ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached.
+    """
+    path = Path(id_or_path)
+    if path.is_dir():
+        return path
+    name = str(id_or_path)
+    if (BUNDLED_MODELS / name / "config.json").is_file():
+        return BUNDLED_MODELS / name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"id_or_path is {name!r}: no such folder, and no Hub id of the form 'owner/name'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"id_or_path is {name!r}: no such folder, and the Hub did not serve it: {error}") from error
+
+
+def open_checkpoint(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Resolve a checkpoint and read its configuration and tokenizer.
+
+    Raises:
+        ValueError: a file is missing or malformed, or the checkpoint is not of this family.
+    """
+    folder = resolve(id_or_path, revision)
+    raw = _json(folder / "config.json")
+    tokenizer_config = folder / "tokenizer_config.json"
+    limit = _json(tokenizer_config).get("model_max_length") if tokenizer_config.is_file() else None
+    architectures = raw.get("architectures") or []
+    if any("Classification" in name for name in architectures):
+        raise ValueError(
+            f"{folder}: architectures is {architectures}, a classifier; expected a last-token reranker "
+            "(JinaForRanking: a Qwen3 decoder with a projector)"
+        )
+    config = ModelConfig.from_dict(raw, limit)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: tokenizer.json is missing")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"{path}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {config.vocab_size}"
+        )
+    return Checkpoint(folder, raw, config, tokenizer)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    raw_config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    model_max_length: int,
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Write a checkpoint in the published format. The weights appear under their final name only when complete."""
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
+    tokenizer.save(str(target / "tokenizer.json"))
+    limits = {"model_max_length": model_max_length, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (target / "tokenizer_config.json").write_text(json.dumps(limits, indent=2) + "\n")
+    partial = target / "model.safetensors.partial"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(partial), metadata={"format": "pt"})
+    partial.replace(target / "model.safetensors")
+
+
+def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
+    """Weights by their published names, unpacked (views). The inverse of loading.
+
+    Raises:
+        ValueError: a weight is quantised and can't be unpacked.
+    """
+    state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    state |= {"projector.0.weight": weights.w1, "projector.2.weight": weights.w2}
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}."
+        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            if not isinstance(weight, torch.Tensor):
+                raise ValueError("this model's weights are quantised; save from the checkpoint they were made from")
+        qkv, gate_up = torch.as_tensor(layer.qkv), torch.as_tensor(layer.gate_up)
+        for name, part in zip("qkv", qkv.split([q_size, kv_size, kv_size]), strict=True):
+            state[f"{prefix}self_attn.{name}_proj.weight"] = part
+        if layer.qkv_bias is not None:
+            for name, part in zip("qkv", layer.qkv_bias.split([q_size, kv_size, kv_size]), strict=True):
+                state[f"{prefix}self_attn.{name}_proj.bias"] = part
+        if layer.q_norm is not None and layer.k_norm is not None:
+            state[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
+            state[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
+        state[f"{prefix}self_attn.o_proj.weight"] = torch.as_tensor(layer.o)
+        state[f"{prefix}mlp.gate_proj.weight"], state[f"{prefix}mlp.up_proj.weight"] = gate_up.chunk(2)
+        state[f"{prefix}mlp.down_proj.weight"] = torch.as_tensor(layer.down)
+        state[f"{prefix}input_layernorm.weight"] = layer.input_norm
+        state[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
+    return state
+
+
+class _Tensors:
+    """All tensors of a folder's safetensors files by name, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> _Tensors:
+        from safetensors import SafetensorError, safe_open
+
+        index = self._folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(_json(index)["weight_map"].values()))
+        elif (self._folder / "model.safetensors").is_file():
+            names = ["model.safetensors"]
+        else:
+            raise ValueError(f"{self._folder}: neither model.safetensors nor model.safetensors.index.json is there")
+        for name in names:
+            path = self._folder / name
+            if Path(name).name != name or not path.is_file():
+                raise ValueError(f"{self._folder}: {name}, listed in model.safetensors.index.json, is missing")
+            try:
+                opened = self._stack.enter_context(safe_open(str(path), framework="pt"))
+                self._files.update(dict.fromkeys(opened.keys(), opened))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def names(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def _load(config: ModelConfig, tensors: _Tensors, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+    stored = {_canonical(name): name for name in tensors.names() if not _IGNORED.fullmatch(name)}
+    if not {"projector.0.weight", "projector.2.weight"} <= stored.keys():
+        raise ValueError(
+            "no projector: expected projector.0.weight and projector.2.weight (or linear1, linear2); "
+            "a plain decoder without one is no last-token reranker"
+        )
+    hidden, p1, p = config.hidden_size, *(tensors.shape(stored[f"projector.{i}.weight"])[0] for i in (0, 2))
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    expected: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+        "projector.0.weight": (p1, hidden),
+        "projector.2.weight": (p, p1),
+    }
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            expected[f"{prefix}self_attn.{name}_proj.weight"] = (size, hidden)
+            if config.attention_bias:
+                expected[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
+        if config.qk_norm:
+            expected[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
+            expected[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
+        expected[f"{prefix}self_attn.o_proj.weight"] = (hidden, q_size)
+        for name in ("gate", "up"):
+            expected[f"{prefix}mlp.{name}_proj.weight"] = (config.intermediate_size, hidden)
+        expected[f"{prefix}mlp.down_proj.weight"] = (hidden, config.intermediate_size)
+        expected[f"{prefix}input_layernorm.weight"] = (hidden,)
+        expected[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, the first: {', '.join(missing[:3])}")
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors are unknown, the first: {', '.join(unknown[:3])}")
+    for name, shape in expected.items():
+        if tensors.shape(stored[name]) != shape:
+            raise ValueError(f"{name} has shape {tensors.shape(stored[name])}, expected {shape} from config.json")
+
+    def read(*names: str) -> torch.Tensor:
+        """One tensor, or several along the first dimension, checked to be finite."""
+        parts = []
+        for name in names:
+            part = tensors.read(stored[name])
+            if not part.is_floating_point():
+                raise ValueError(f"{name} is stored as {part.dtype}, expected floating point")
+            # The sum shows any NaN or infinity in one pass; only then is it worth a second look.
+            if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
+                raise ValueError(f"{name} holds NaN or infinity")
+            parts.append(part.to(device, dtype))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def layer_weights(index: int) -> LayerWeights:
+        prefix, attn = f"model.layers.{index}.", f"model.layers.{index}.self_attn."
+        return LayerWeights(
+            input_norm=read(f"{prefix}input_layernorm.weight"),
+            qkv=read(*(f"{attn}{x}_proj.weight" for x in "qkv")),
+            qkv_bias=read(*(f"{attn}{x}_proj.bias" for x in "qkv")) if config.attention_bias else None,
+            q_norm=read(f"{attn}q_norm.weight") if config.qk_norm else None,
+            k_norm=read(f"{attn}k_norm.weight") if config.qk_norm else None,
+            o=read(f"{attn}o_proj.weight"),
+            post_norm=read(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=read(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
+            down=read(f"{prefix}mlp.down_proj.weight"),
+        )
+
+    layers = tuple(layer_weights(index) for index in range(config.num_layers))
+    qkv = torch.as_tensor(layers[-1].qkv)
+    return ModelWeights(
+        embedding=read("model.embed_tokens.weight"),
+        layers=layers,
+        last=LastLayerProjections(q=qkv[:q_size], kv=qkv[q_size:]),
+        norm=read("model.norm.weight"),
+        w1=read("projector.0.weight"),
+        w2=read("projector.2.weight"),
+    )
+
+
+def _canonical(name: str) -> str:
+    projector = _PROJECTOR.fullmatch(name)
+    if projector:
+        return f"projector.{ {'linear1': '0', 'linear2': '2'}.get(projector[1], projector[1]) }.weight"
+    if re.match(r"(layers|embed_tokens|norm)\.", name):
+        return f"model.{name}"
+    return name
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent}: {path.name} is missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value

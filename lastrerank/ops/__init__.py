@@ -1,0 +1,158 @@
+"""The waist: the operations a forward pass is made of, one signature each, as many implementations as machines.
+
+Packed layout everywhere: rows are the tokens of all sequences laid end to end, `[T, ...]`. No padding, no mask tensor.
+An implementation is any object with these methods (`Operations`); `select` finds one by name. All of them compute
+statistics, softmax and accumulators in fp32 and round once, and pass the same tests against `reference`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger("lastrerank")
+
+
+class QuantizedWeight(Protocol):
+    """A weight `[out, in]` that multiplies itself, whatever its storage."""
+
+    out_features: int
+
+    def matmul(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """`x @ weight.T`: `[T, in] -> [T, out]`."""
+
+
+Weight = torch.Tensor | QuantizedWeight
+
+
+class Operations(Protocol):
+    """T rows, D hidden width, d head width, Hq query heads, Hkv key/value heads, F intermediate width.
+
+    With grad disabled, `add_rms_norm`, `qk_norm_rope` and `out=` write in place. With grad enabled nothing is written
+    in place and everything is differentiable (reference only).
+    """
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Row gather: ids int64 `[T]`, table `[V, D]` -> `[T, D]`, a new tensor."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight`: `[T, D] -> [T, D]`."""
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`residual += x`; returns (residual, rms_norm(residual)). The sum is rounded to the residual's dtype first."""
+
+    def linear(
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x @ weight.T + bias`: `[T, in] -> [T, out]`, into `out` if given (grad disabled, any row stride)."""
+
+    def qk_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> torch.Tensor:
+        """RMSNorm over each query and key head (if weights are given), then NeoX rotary embedding.
+
+        qkv `[T, (num_heads + 2 num_kv_heads) * d]`, values untouched; either count may be 0. cos, sin fp32 `[P, d/2]`
+        with a row per position; positions int64 `[T]`. Returns qkv, changed in place with grad disabled.
+        """
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+        window: int | None,
+        scale: float,
+        rows: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal grouped-query attention within each sequence.
+
+        q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride. Key j is visible to query i of its sequence when
+        `j <= i` and, with a window, `i - j < window`. cu_seqlens int32 `[S + 1]`, seqlens the lengths on the host.
+        With rows (int64 `[R]`, ascending): q is `[R, Hq, d]`, the queries at these rows only. out may be q itself.
+        Returns `[T or R, Hq, d]`.
+        """
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up`: `[T, 2F] -> [T, F]`, gate in the first half."""
+
+    def score(
+        self,
+        hidden: torch.Tensor,
+        doc_rows: torch.Tensor,
+        query_rows: torch.Tensor,
+        doc_sequence: torch.Tensor,
+        sequence_request: torch.Tensor,
+        norm_weight: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Last-token readout: gather, final RMSNorm, projector `relu(x w1.T) w2.T`, fusion of blocks, cosine.
+
+        hidden `[R, D]` before the final norm; rows and maps as in `packing.Readout` (N documents, S sequences).
+        A sequence's weight is `max_i (1 + cos(q, d_i)) / 2` over its own documents; a request's query is the weighted
+        mean of its sequences' query vectors; every document is scored against its request's query.
+        Returns document vectors fp32 `[N, P]`, query vectors fp32 `[S, P]` (not fused), scores fp32 `[N]`.
+        Source: arXiv 2509.25085, and the published `rerank` for the fusion.
+        """
+
+
+def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
+    from lastrerank.ops.reference import ReferenceOperations
+
+    return ReferenceOperations()
+
+
+# In order of preference. A factory raises RuntimeError saying what is missing.
+BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
+    "reference": _reference,
+}
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Operations]:
+    """The operations called `name` for a device and dtype, or with "auto" the first that serves them.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: a backend asked for by name can't serve; the message says what is missing.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"backend is {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+        return name, BACKENDS[name](device, dtype)
+    for candidate, factory in BACKENDS.items():
+        try:
+            return candidate, factory(device, dtype)
+        except RuntimeError as reason:
+            log = logger.debug if candidate == "triton" and device.type == "cpu" else logger.warning
+            log("backend %s: %s", candidate, reason)
+    raise AssertionError("the reference serves every device")
+
+
+def availability(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """For each backend, None if it serves `device` and `dtype`, else the reason it can't."""
+    reasons: dict[str, str | None] = {}
+    for name, factory in BACKENDS.items():
+        try:
+            factory(device, dtype)
+            reasons[name] = None
+        except RuntimeError as reason:
+            reasons[name] = str(reason)
+    return reasons

@@ -1,0 +1,190 @@
+"""The operations in plain PyTorch: the truth the fast ones are tested against, on any device, and differentiable.
+
+16-bit inputs are computed in fp32 and rounded once. Attention is one `scaled_dot_product_attention` call per sequence
+and group of heads, tiled over rows where a mask is needed, so that no `[T, T]` tensor exists at long T.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lastrerank.ops import Weight
+
+# Bound on one attention call's output and on one explicit mask, in elements. Large enough that calls are few.
+_TILE_ELEMENTS = 1 << 22
+
+
+class ReferenceOperations:
+    """See `lastrerank.ops.Operations`."""
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, table)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return _rms_norm(x, weight, eps).to(x.dtype)
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = residual + x if torch.is_grad_enabled() else residual.add_(x)
+        return residual, self.rms_norm(residual, weight, eps)
+
+    def linear(
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not isinstance(weight, torch.Tensor):
+            result = weight.matmul(x, out)
+            return result if bias is None else result.add_(bias)
+        if out is None:
+            return F.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
+
+    def qk_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> torch.Tensor:
+        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+        heads = qkv.view(len(qkv), -1, head_dim)
+        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        cos, sin = cos[positions][:, None], sin[positions][:, None]  # [T, 1, d/2]
+        rotated = [_norm_rope(x, weight, cos, sin, eps) for x, weight in ((q, q_weight), (k, k_weight)) if x.shape[1]]
+        if torch.is_grad_enabled():
+            return torch.cat([*rotated, v], dim=1).view(qkv.shape)
+        heads[:, : num_heads + num_kv_heads] = torch.cat(rotated, dim=1)
+        return qkv
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+        window: int | None,
+        scale: float,
+        rows: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        results: list[torch.Tensor] = []
+        starts = cu_seqlens.tolist()
+        row_bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
+        for s, length in enumerate(seqlens):
+            keys, queries = slice(starts[s], starts[s + 1]), slice(row_bounds[s], row_bounds[s + 1])
+            if rows is None and (window is None or window >= length):
+                result = _causal(q[queries], k[keys], v[keys], scale)
+            else:
+                row_ids = torch.arange(length, device=q.device) if rows is None else rows[queries] - starts[s]
+                result = _masked(q[queries], k[keys], v[keys], row_ids, window, scale, dense=rows is None)
+            if out is None:
+                results.append(result)
+            else:
+                out[queries] = result
+        return torch.cat(results) if out is None else out
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+    def score(
+        self,
+        hidden: torch.Tensor,
+        doc_rows: torch.Tensor,
+        query_rows: torch.Tensor,
+        doc_sequence: torch.Tensor,
+        sequence_request: torch.Tensor,
+        norm_weight: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rows = torch.cat([doc_rows, query_rows])
+        normed = _rms_norm(hidden[rows], norm_weight, eps)
+        vectors = F.relu(normed @ w1.float().t()) @ w2.float().t()
+        docs, queries = vectors[: len(doc_rows)], vectors[len(doc_rows) :]
+        own = F.cosine_similarity(docs, queries[doc_sequence], dim=-1)
+
+        best = torch.full((len(queries),), -1.0, device=own.device)
+        best = best.scatter_reduce(0, doc_sequence, own, "amax")
+        weight = (1 + best) / 2
+        fused = torch.zeros_like(queries).index_add_(0, sequence_request, queries * weight[:, None])
+        # A mean, but cosine doesn't see its denominator. A request of one block is its own query, whatever its weight.
+        blocks = torch.bincount(sequence_request, minlength=len(queries))
+        alone = blocks[sequence_request] == 1
+        fused = torch.where(alone[:, None], queries, fused[sequence_request])
+        return docs, queries, F.cosine_similarity(docs, fused[doc_sequence], dim=-1)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """In fp32, whatever x and weight are stored in."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _norm_rope(
+    x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x `[T, H, d]`, cos and sin `[T, 1, d/2]`. Rotates the halves of a head against each other (NeoX)."""
+    y = x.float() if weight is None else _rms_norm(x, weight, eps)
+    first, second = y.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[T, H, d]` to `[Hkv, group, T, d]` views: the query heads of a KV head beside each other, keys not copied."""
+    num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    q = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
+    k, v = (x.permute(1, 0, 2)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+    return q, k, v
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Full causal attention of one sequence, as many KV heads at a time as the tile bound allows."""
+    queries, keys, values = _grouped(q, k, v)
+    step = max(1, _TILE_ELEMENTS // max(1, q.numel() // k.shape[1]))
+    parts = [
+        F.scaled_dot_product_attention(
+            queries[h : h + step], keys[h : h + step], values[h : h + step], is_causal=True, scale=scale
+        )
+        for h in range(0, k.shape[1], step)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(2, 0, 1, 3).reshape(q.shape)
+
+
+def _masked(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    window: int | None,
+    scale: float,
+    dense: bool,
+) -> torch.Tensor:
+    """Queries at positions `rows` of one sequence, by tiles of rows, each against the keys its rows can see.
+
+    dense: rows are all positions, so a tile's key range is known without asking the device.
+    """
+    tile = 256 if window is not None and dense else max(1, _TILE_ELEMENTS // len(k))
+    parts = []
+    for start in range(0, len(rows), tile):
+        stop = min(start + tile, len(rows))
+        first, last = (max(0, start - window + 1), stop) if dense and window is not None else (0, len(k))
+        position = rows[start:stop, None]
+        key = torch.arange(first, last, device=q.device)
+        visible = key <= position
+        if window is not None:
+            visible &= position - key < window
+        queries, keys, values = _grouped(q[start:stop], k[first:last], v[first:last])
+        part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)
+        parts.append(part.permute(2, 0, 1, 3).reshape(stop - start, *q.shape[1:]))
+    return torch.cat(parts)

@@ -1,0 +1,86 @@
+"""Prompts to one packed batch: rows of all sequences laid end to end, no padding, no mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lastrerank.prompt import EncodedBlock
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Everything one pass over the decoder needs. T rows (tokens), S sequences, R rows that are read.
+
+    ids: int64 `[T]`. positions: int64 `[T]`, from 0 in each sequence. cu_seqlens: int32 `[S + 1]`, sequence s is rows
+    `cu_seqlens[s]` to `cu_seqlens[s + 1]`. seqlens: the same as Python integers, for backends that loop on the host.
+    read_rows: int64 `[R]`, ascending. max_seqlen: longest sequence in rows.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    seqlens: tuple[int, ...]
+    read_rows: torch.Tensor
+    max_seqlen: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(self.seqlens)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Where scores come from in the read rows `[R, D]` of S sequences that belong to G requests.
+
+    doc_rows: int64 `[N]` and query_rows: int64 `[S]` index the read rows. doc_sequence: int64 `[N]`, the sequence of
+    each document. sequence_request: int64 `[S]`, the request of each sequence; a request's blocks are fused.
+    """
+
+    doc_rows: torch.Tensor
+    query_rows: torch.Tensor
+    doc_sequence: torch.Tensor
+    sequence_request: torch.Tensor
+
+
+def pack(blocks: Sequence[EncodedBlock], device: torch.device) -> PackedBatch:
+    """Lay blocks end to end on `device`. Per block, its N documents' rows and then its query's row are read."""
+    lengths = [len(block.ids) for block in blocks]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    read = [np.append(block.doc_rows, block.query_row) + start for block, start in zip(blocks, starts, strict=False)]
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if device.type == "cuda":
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor
+
+    return PackedBatch(
+        ids=put(np.concatenate([block.ids for block in blocks]).astype(np.int64)),
+        positions=put(np.concatenate([np.arange(length) for length in lengths])),
+        cu_seqlens=put(starts.astype(np.int32)),
+        seqlens=tuple(lengths),
+        read_rows=put(np.concatenate(read)),
+        max_seqlen=max(lengths),
+    )
+
+
+def readout(doc_counts: Sequence[int], sequence_request: Sequence[int], device: torch.device) -> Readout:
+    """The readout of sequences with `doc_counts[s]` documents each, rows as `pack` orders them."""
+    counts = np.asarray(doc_counts, np.int64)
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    query_rows = np.cumsum(counts + 1) - 1
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(array, np.int64)).to(device)
+
+    return Readout(
+        doc_rows=put(np.arange(len(sequence)) + sequence),
+        query_rows=put(query_rows),
+        doc_sequence=put(sequence),
+        sequence_request=put(np.asarray(sequence_request)),
+    )

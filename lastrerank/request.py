@@ -1,0 +1,101 @@
+"""One rerank call as data, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+# The published block size: documents in one prompt, at most.
+BLOCK_SIZE = 125
+
+Document = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RerankRequest:
+    """A query and its documents.
+
+    documents: strings, or mappings with a `text`. top_n: results wanted, None for all. Lengths are in tokens, None
+    for the checkpoint's caps; a longer text is cut. block_size: documents in one prompt. orders: the mean over this
+    many seeded orders of the list is scored, at `orders` times the cost; 1 scores the list as given.
+    """
+
+    query: str
+    documents: Sequence[Document]
+    top_n: int | None = None
+    return_embeddings: bool = False
+    max_doc_length: int | None = None
+    max_query_length: int | None = None
+    instruction: str | None = None
+    block_size: int = BLOCK_SIZE
+    orders: int = 1
+
+    @classmethod
+    def of(cls, value: RerankRequest | Mapping[str, Any], name: str = "request") -> RerankRequest:
+        """A request from itself or from a mapping of its fields, checked.
+
+        Raises:
+            TypeError, ValueError: the message names the field, its position and its value.
+        """
+        if isinstance(value, Mapping):
+            unknown = value.keys() - {field.name for field in fields(cls)}
+            if unknown or "query" not in value or "documents" not in value:
+                raise ValueError(
+                    f"{name} has fields {sorted(value)}, expected 'query', 'documents' and options of rerank()"
+                )
+            value = cls(**value)
+        if not isinstance(value, RerankRequest):
+            raise TypeError(f"{name} is a {type(value).__name__}, expected a RerankRequest or a mapping")
+        value._check("" if name == "request" else name + ".")
+        return value
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts, in order."""
+        return [document if isinstance(document, str) else document["text"] for document in self.documents]
+
+    def _check(self, prefix: str) -> None:
+        _check_text(self.query, prefix + "query")
+        if not self.query:
+            raise ValueError(f"{prefix}query is empty")
+        if isinstance(self.documents, (str, bytes, Mapping)) or not isinstance(self.documents, Sequence):
+            raise TypeError(
+                f"{prefix}documents is a {type(self.documents).__name__}, expected a list of strings or of mappings"
+            )
+        for position, document in enumerate(self.documents):
+            name = f"{prefix}documents[{position}]"
+            if isinstance(document, Mapping):
+                if "text" not in document:
+                    raise ValueError(f"{name} has keys {sorted(map(str, document))}, expected 'text' among them")
+                _check_text(document["text"], name + "['text']")
+            else:
+                _check_text(document, name)
+        if self.instruction is not None:
+            _check_text(self.instruction, prefix + "instruction")
+        _check_integer(self.top_n, prefix + "top_n", 0, optional=True)
+        _check_integer(self.max_doc_length, prefix + "max_doc_length", 1, optional=True)
+        _check_integer(self.max_query_length, prefix + "max_query_length", 1, optional=True)
+        _check_integer(self.block_size, prefix + "block_size", 1)
+        _check_integer(self.orders, prefix + "orders", 1)
+
+
+def _check_text(value: object, name: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {type(value).__name__} ({value!r:.80}), expected a string")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} has a lone surrogate {value[error.start]!r} at character {error.start}: not valid Unicode text"
+            ) from error
+
+
+def _check_integer(value: object, name: str, least: int, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
