@@ -99,11 +99,13 @@ class CutText:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """One prompt. ids: int32 `[T]`. doc_rows: int64 `[N]`, the marker after each document. query_row: the last row."""
+    """One prompt. ids: int32 `[T]`. doc_rows: int64 `[N]`, the marker after each document. query_row: the last row.
+    early_query_row: the marker after the first query, in templates that have one (training reads it)."""
 
     ids: np.ndarray
     doc_rows: np.ndarray
     query_row: int
+    early_query_row: int | None = None
 
 
 class PromptEncoder:
@@ -234,6 +236,7 @@ class PromptEncoder:
         chunks: list[np.ndarray] = []
         doc_rows = np.empty(len(documents), np.int64)
         pending = ""  # text since the last control token, placeholders filled
+        query_rows: list[int] = []
         total = 0
 
         def emit(ids: np.ndarray) -> None:
@@ -249,6 +252,8 @@ class PromptEncoder:
                     if pending:
                         emit(self._pieces(pending))
                         pending = ""
+                    if piece == RERANK_TOKEN:
+                        query_rows.append(total)
                     emit(np.array([self.control_ids[piece]], np.int32))
                 else:
                     pending += _substitute(piece, values)
@@ -272,7 +277,8 @@ class PromptEncoder:
             emit(np.array([self.control_ids[EMBED_TOKEN]], np.int32))
             fill(after)
         fill(template.closing)
-        return EncodedBlock(np.concatenate(chunks), doc_rows, total - 1)
+        early = query_rows[0] if len(query_rows) > 1 else None
+        return EncodedBlock(np.concatenate(chunks), doc_rows, query_rows[-1], early)
 
     def _encode_piece(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)

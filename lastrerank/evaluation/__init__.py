@@ -1,0 +1,1 @@
+"""Evaluation on BEIR-format data: reading, first stage, reranking runs, metrics."""

@@ -1,0 +1,88 @@
+"""BEIR-format folders: `corpus.jsonl`, `queries.jsonl` (plain or gzip) and `qrels/<split>.tsv`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class BeirDataset:
+    """documents: text (title and body) by id. queries: text by id, those judged in the split. qrels: query id ->
+    document id -> gain."""
+
+    name: str
+    split: str
+    documents: dict[str, str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+
+def read_beir(
+    folder: str | os.PathLike[str],
+    split: str = "test",
+    *,
+    query_folder: str | os.PathLike[str] | None = None,
+    max_queries: int | None = None,
+    seed: int = 0,
+) -> BeirDataset:
+    """Read a dataset.
+
+    Args:
+        folder: where the documents are, and everything else unless `query_folder` is given.
+        split: name of the qrels file.
+        query_folder: queries and qrels of another folder with the same document ids (cross-lingual evaluation).
+        max_queries: a seeded sample of this many judged queries.
+        seed: of the sample.
+
+    Raises:
+        ValueError: a file is missing or malformed, or the qrels name queries or documents that aren't there.
+    """
+    import random
+
+    root, query_root = Path(folder), Path(query_folder or folder)
+    documents = {}
+    for row in _rows(root, "corpus"):
+        title = row.get("title") or ""
+        documents[str(row["_id"])] = f"{title} {row['text']}".strip() if title else row["text"]
+    path = query_root / "qrels" / f"{split}.tsv"
+    if not path.is_file():
+        found = sorted(p.stem for p in (query_root / "qrels").glob("*.tsv"))
+        raise ValueError(f"split is {split!r}: no {path}; splits there: {found}")
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        fields = line.split("\t")
+        if number == 0 and not fields[-1].lstrip("-").isdigit():
+            continue
+        if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+            raise ValueError(f"{path}:{number + 1}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r:.80}")
+        if fields[1] not in documents:
+            raise ValueError(f"{path}:{number + 1}: document {fields[1]!r} is not in the corpus")
+        qrels.setdefault(fields[0], {})[fields[1]] = int(fields[2])
+    texts = {str(row["_id"]): row["text"] for row in _rows(query_root, "queries")}
+    missing = [query for query in qrels if query not in texts]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} judged queries are not in queries.jsonl, the first: {missing[0]!r}")
+    judged = list(qrels)
+    if max_queries is not None and max_queries < len(judged):
+        judged = sorted(random.Random(seed).sample(judged, max_queries), key=judged.index)
+    name = root.name if query_folder is None else f"{query_root.name}>{root.name}"
+    return BeirDataset(name, split, documents, {q: texts[q] for q in judged}, {q: qrels[q] for q in judged})
+
+
+def _rows(folder: Path, stem: str) -> Iterator[dict[str, Any]]:
+    for path, opener in ((folder / f"{stem}.jsonl", open), (folder / f"{stem}.jsonl.gz", gzip.open)):
+        if path.is_file():
+            with opener(path, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
+                for number, line in enumerate(lines):
+                    row = json.loads(line)
+                    if "_id" not in row or "text" not in row:
+                        raise ValueError(f"{path}:{number + 1}: expected '_id' and 'text', got {sorted(row)}")
+                    yield row
+            return
+    raise ValueError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there")

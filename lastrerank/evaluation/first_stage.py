@@ -1,0 +1,54 @@
+"""First stage: BM25 by `bm25s`, with a tokenisation that serves languages written without spaces.
+
+Words are runs of letters and digits, lower-cased; runs of Chinese, Japanese, Korean or Thai characters become
+overlapping bigrams. No stemming, no stop words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+# Han, Hiragana, Katakana, Hangul, Thai.
+_UNSPACED = "぀-ヿ㐀-䶿一-鿿豈-﫿가-힯฀-๿"
+_WORD = re.compile(f"[{_UNSPACED}]+|[^\\W{_UNSPACED}]+")
+_FIRST_UNSPACED = re.compile(f"[{_UNSPACED}]")
+
+
+def bm25_tokens(text: str) -> list[str]:
+    """Tokens as described above."""
+    tokens: list[str] = []
+    for word in _WORD.findall(text.lower()):
+        if _FIRST_UNSPACED.match(word) and len(word) > 1:
+            tokens.extend(word[i : i + 2] for i in range(len(word) - 1))
+        else:
+            tokens.append(word)
+    return tokens
+
+
+class Bm25:
+    """A BM25 index (bm25s, k1 1.5, b 0.75) over documents by id."""
+
+    def __init__(self, documents: Mapping[str, str]) -> None:
+        import bm25s
+
+        self._ids = list(documents)
+        self._vocabulary: dict[str, int] = {}
+        corpus = [[self._number(token) for token in bm25_tokens(text)] for text in documents.values()]
+        self._index = bm25s.BM25()
+        self._index.index((corpus, self._vocabulary), show_progress=False)
+
+    def _number(self, token: str) -> int:
+        return self._vocabulary.setdefault(token, len(self._vocabulary))
+
+    def top(self, queries: Iterable[str], k: int) -> list[list[tuple[str, float]]]:
+        """Per query at most k (document id, score), best first, those that share a token with it."""
+        tokens = [[t for t in bm25_tokens(q) if t in self._vocabulary] for q in queries]
+        results: list[list[tuple[str, float]]] = []
+        for query in tokens:
+            if not query:
+                results.append([])
+                continue
+            found, scores = self._index.retrieve([query], k=min(k, len(self._ids)), show_progress=False)
+            results.append([(self._ids[i], float(s)) for i, s in zip(found[0], scores[0], strict=True) if s > 0])
+        return results

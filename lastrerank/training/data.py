@@ -1,0 +1,176 @@
+"""Training lists: a query, its positive, mined hard negatives, and random negatives drawn anew every time.
+
+On disk: `documents.jsonl` (`id`, `text`) and `lists.jsonl` (`query`, `positive` = a document's id, `negatives` = ids of
+hard ones, optionally `teacher` = one logit for the positive and each negative, `pool` = name of the group of
+documents that random negatives come from), plain or gzip. Optionally a teacher's embeddings of the same texts, a row
+a line: `document_vectors.npy` and `query_vectors.npy`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TrainingList:
+    """documents[positive] answers the query.
+
+    teacher: a logit per document, or None. document_vectors `[N, P]` and query_vector `[P]`: a teacher's, or None.
+    copy_of: for each document the index of its augmented copy, -1 for the copies themselves, or None for no copies.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    positive: int
+    teacher: tuple[float, ...] | None = None
+    document_vectors: np.ndarray | None = None
+    query_vector: np.ndarray | None = None
+    copy_of: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ListRow:
+    """A line of `lists.jsonl`, documents by their position in the documents file."""
+
+    query: str
+    positive: int
+    negatives: tuple[int, ...]
+    teacher: tuple[float, ...] | None
+    pool: str
+    query_vector: np.ndarray | None = None
+
+
+class TrainingData:
+    """Lists drawn at random for ever, reproducibly: list number n of a seed is always the same.
+
+    Args:
+        documents: texts.
+        rows: lists over them.
+        weights: relative frequency of each row's pool; None for rows as they are.
+        document_vectors: a teacher's embeddings `[len(documents), P]`.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        rows: Sequence[ListRow],
+        weights: dict[str, float] | None = None,
+        document_vectors: np.ndarray | None = None,
+    ) -> None:
+        if not rows:
+            raise ValueError("no training lists")
+        self.documents, self.rows, self.document_vectors = documents, rows, document_vectors
+        self._by_pool: dict[str, list[ListRow]] = {}
+        self._pool_documents: dict[str, list[int]] = {}
+        for row in rows:
+            self._by_pool.setdefault(row.pool, []).append(row)
+        for pool, members in self._by_pool.items():
+            self._pool_documents[pool] = sorted({row.positive for row in members})
+        self._pools = list(self._by_pool)
+        self._weights = [
+            len(self._by_pool[pool]) if weights is None else weights.get(pool, 0.0) for pool in self._pools
+        ]
+
+    def draw(self, seed: int, number: int, hard: int, easy: int, augment: bool = False) -> TrainingList:
+        """List `number`: the positive, up to `hard` mined negatives and `easy` random ones, in random order.
+
+        With augment, a copy of every document with sentences dropped or reordered is put at a random place.
+        """
+        rng = random.Random(f"{seed}/{number}")
+        pool = rng.choices(self._pools, self._weights)[0]
+        row = rng.choice(self._by_pool[pool])
+        chosen = rng.sample(range(len(row.negatives)), min(hard, len(row.negatives)))
+        known = {row.positive, *row.negatives}
+        candidates = self._pool_documents[pool]
+        randoms: list[int] = []
+        for _ in range(4 * easy):
+            candidate = rng.choice(candidates)
+            if len(randoms) < easy and candidate not in known:
+                randoms.append(candidate)
+                known.add(candidate)
+        ids = [row.positive, *(row.negatives[i] for i in chosen), *randoms]
+        teacher: list[float] | None = None
+        if row.teacher is not None:
+            # A random document is at best as good as the worst of the mined ones, in the teacher's eyes.
+            floor = min(row.teacher)
+            teacher = [row.teacher[0], *(row.teacher[i + 1] for i in chosen), *([floor] * len(randoms))]
+        texts = [self.documents[i] for i in ids]
+        if augment:
+            texts += [augmented(text, rng) for text in texts]
+        order = list(range(len(texts)))
+        rng.shuffle(order)  # place p holds text order[p]
+        place = {text: p for p, text in enumerate(order)}
+        count = len(ids)
+        if augment:
+            copy_of = tuple(place[text + count] if text < count else -1 for text in order)
+            return TrainingList(row.query, tuple(texts[k] for k in order), place[0], copy_of=copy_of)
+        return TrainingList(
+            row.query,
+            tuple(texts[k] for k in order),
+            place[0],
+            None if teacher is None else tuple(teacher[k] for k in order),
+            None if self.document_vectors is None else self.document_vectors[[ids[k] for k in order]],
+            row.query_vector,
+        )
+
+
+def augmented(text: str, rng: random.Random) -> str:
+    """A text-augmented copy: sentences reordered, about a fifth of them dropped (words, if there is one sentence)."""
+    parts = [part for part in re.split(r"(?<=[.!?。！？\n])\s*", text) if part]
+    if len(parts) < 2:
+        parts = text.split(" ")
+        kept = [part for part in parts if rng.random() > 0.2]
+        return " ".join(kept or parts)
+    kept = [part for part in parts if rng.random() > 0.2] or parts
+    rng.shuffle(kept)
+    return " ".join(kept)
+
+
+def read_training_data(folder: str | Path, weights: dict[str, float] | None = None) -> TrainingData:
+    """Read `documents.jsonl[.gz]` and `lists.jsonl[.gz]`.
+
+    Raises:
+        ValueError: a file is missing, or a line is malformed; the message names the file and line.
+    """
+    number: dict[Any, int] = {}
+    documents: list[str] = []
+    for where, row in _lines(Path(folder), "documents"):
+        if "id" not in row or not isinstance(row.get("text"), str):
+            raise ValueError(f"{where}: expected 'id' and 'text'")
+        number[row["id"]] = len(documents)
+        documents.append(row["text"])
+    vectors = {name: Path(folder) / f"{name}_vectors.npy" for name in ("document", "query")}
+    loaded = {name: np.load(path, mmap_mode="r") for name, path in vectors.items() if path.is_file()}
+    query_vectors = loaded.get("query")
+    rows = []
+    for index, (where, row) in enumerate(_lines(Path(folder), "lists")):
+        try:
+            negatives = tuple(number[i] for i in row["negatives"])
+            teacher = tuple(map(float, row["teacher"])) if row.get("teacher") is not None else None
+            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, row.get("pool", "all"),
+                                None if query_vectors is None else query_vectors[index]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where}: expected query, positive, negatives over known documents: {error}") from error
+        if teacher is not None and len(teacher) != len(negatives) + 1:
+            raise ValueError(f"{where}: teacher has {len(teacher)} logits for {len(negatives) + 1} documents")
+    return TrainingData(documents, rows, weights, loaded.get("document"))
+
+
+def _lines(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
+        if path.is_file():
+            opener: Any = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8") as lines:
+                for index, line in enumerate(lines):
+                    yield f"{path}:{index + 1}", json.loads(line)
+            return
+    raise ValueError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there")

@@ -1,0 +1,113 @@
+"""From raw (query, document) pairs to training lists: hard negatives by BM25, optionally a teacher's opinion of them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lastrerank.evaluation.first_stage import Bm25
+from lastrerank.progress import Progress
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query, the position of the document that answers it, and the pool its negatives come from."""
+
+    query: str
+    positive: int
+    pool: str
+
+
+def mine_lists(
+    documents: Sequence[str],
+    pairs: Sequence[Pair],
+    *,
+    depth: int = 20,
+    skip_near: Callable[[int, int], bool] | None = None,
+    teacher: Callable[[Pair, Sequence[int], Sequence[float]], Sequence[float]] | None = None,
+    progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """For every pair the `depth` best documents of its pool by BM25 that don't answer the same query.
+
+    Args:
+        documents: texts.
+        pairs: of all pools; a pool's documents are its pairs' positives.
+        depth: negatives kept.
+        skip_near: (positive, candidate) -> whether the candidate is too close to the positive to be a negative.
+        teacher: (pair, [positive, *negatives], BM25 scores as a share of the best) -> a logit for each.
+        progress: as in `Reranker.rerank`.
+
+    Returns:
+        Rows of `lists.jsonl`, documents by position.
+    """
+    pools: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        pools[pair.pool].append(pair)
+    rows = []
+    with Progress("mining", "queries", progress) as bar:
+        bar.add_total(len(pairs))
+        for pool, members in pools.items():
+            ids = sorted({pair.positive for pair in members})
+            index = Bm25({str(i): documents[i] for i in ids})
+            answers: dict[str, set[int]] = defaultdict(set)
+            for pair in members:
+                answers[pair.query].add(pair.positive)
+            for pair, found in zip(members, index.top((p.query for p in members), depth + 10), strict=True):
+                bar.advance(1)
+                best = found[0][1] if found else 1.0
+                share = {int(i): score / best for i, score in found}
+                texts = {documents[i] for i in answers[pair.query]}
+                negatives = [
+                    i for i in share
+                    if i not in answers[pair.query] and documents[i] not in texts
+                    and not (skip_near is not None and skip_near(pair.positive, i))
+                ][:depth]  # fmt: skip
+                row: dict[str, Any] = {
+                    "query": pair.query, "positive": pair.positive, "negatives": negatives, "pool": pool,
+                }  # fmt: skip
+                if teacher is not None:
+                    listed = [pair.positive, *negatives]
+                    logits = teacher(pair, listed, [share.get(i, 0.0) for i in listed])
+                    row["teacher"] = [round(float(x), 3) for x in logits]
+                rows.append(row)
+    return rows
+
+
+def read_pairs(folder: str | Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """`documents.jsonl.gz` (`id` = position, `text`) and `pairs.jsonl.gz` (`query`, `positive`, `lang`, `source`)."""
+    with gzip.open(Path(folder) / "documents.jsonl.gz", "rt", encoding="utf-8") as lines:
+        documents = [json.loads(line)["text"] for line in lines]
+    with gzip.open(Path(folder) / "pairs.jsonl.gz", "rt", encoding="utf-8") as lines:
+        pairs = [json.loads(line) for line in lines]
+    return documents, pairs
+
+
+def sample_pairs(pairs: Sequence[dict[str, Any]], limits: dict[str, int], seed: int = 0) -> list[Pair]:
+    """At most `limits[source]` pairs of each source and language; the pool is source family and document language."""
+    rng = random.Random(seed)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair["source"], pair["lang"]].append(pair)
+    chosen = []
+    for (source, lang), members in groups.items():
+        rng.shuffle(members)
+        pool = f"{source}/{lang}"
+        chosen += [Pair(p["query"], p["positive"], pool) for p in members[: limits.get(source, 0)]]
+    return chosen
+
+
+def token_vectors(texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], size: int) -> np.ndarray:
+    """Vectors `[len(texts), size]` of mean zero and unit RMS: principal components of what `encode` returns."""
+    vectors = np.concatenate([encode(list(texts[i : i + 256])) for i in range(0, len(texts), 256)]).astype(np.float32)
+    vectors -= vectors.mean(0)
+    _, directions = np.linalg.eigh(vectors.T @ vectors)
+    vectors = vectors @ directions[:, ::-1][:, :size]
+    return vectors / np.sqrt((vectors**2).mean(1, keepdims=True) + 1e-8)

@@ -1,0 +1,254 @@
+"""The training loop: packed lists through `model.py` with autograd, AdamW, warm-up and cosine, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from lastrerank import checkpoint as checkpoints
+from lastrerank.checkpoint import Checkpoint
+from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
+from lastrerank.ops.reference import ReferenceOperations
+from lastrerank.packing import pack
+from lastrerank.prompt import GGUF, TEMPLATES, PromptEncoder
+from lastrerank.training.data import TrainingData, TrainingList
+from lastrerank.training.losses import cosine, disperse_loss, distill_loss, embedding_loss, rank_loss, similar_loss
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """steps of lists_per_step lists each. Weights are those of the paper; 0 leaves a loss out.
+
+    hard and easy: negatives per list, mined and random; during the first `easy_start` of the steps half of the hard
+    ones are random instead. doc_tokens: documents are cut here. dual and similar are applied to a random half and a
+    random eighth of the lists (they change the prompt). temperature falls linearly from the first to the second.
+    """
+
+    steps: int = 1000
+    lists_per_step: int = 4
+    hard: int = 8
+    easy: int = 4
+    easy_start: float = 0.15
+    doc_tokens: int = 96
+    query_tokens: int = 48
+    learning_rate: float = 1e-3
+    embedding_rate: float = 0.5
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    temperature: tuple[float, float] = (0.25, 0.1)
+    disperse: float = 0.45
+    dual: float = 0.85
+    similar: float = 0.85
+    distill: float = 0.0
+    embedding: float = 0.0
+    seed: int = 0
+
+
+class Trainer:
+    """Trains a checkpoint on lists. State is everything needed to go on exactly: weights, optimiser, step.
+
+    Args:
+        checkpoint: where training starts.
+        data: lists to draw from.
+        config: the recipe.
+        device: torch device; a GPU trains under bf16 autocast of the linears.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, data: TrainingData, config: TrainingConfig, device: str = "cpu"
+    ) -> None:
+        self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
+        loaded = checkpoint.weights(self.device, torch.float32)
+        state = checkpoints.state_dict(checkpoint.config, loaded)
+        self.parameters = {name: t.detach().clone().requires_grad_() for name, t in state.items()}
+        template = TEMPLATES[checkpoint.config.template]
+        self.encoder = PromptEncoder(checkpoint.tokenizer, template)
+        self.dual_encoder = PromptEncoder(checkpoint.tokenizer, GGUF)
+        self.operations = ReferenceOperations()
+        embedding = [p for n, p in self.parameters.items() if "embed_tokens" in n]
+        matrices = [p for n, p in self.parameters.items() if p.ndim == 2 and "embed_tokens" not in n]
+        vectors = [p for p in self.parameters.values() if p.ndim == 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": embedding, "weight_decay": 0.0, "scale": config.embedding_rate},
+                {"params": matrices, "weight_decay": config.weight_decay, "scale": 1.0},
+                {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.step = 0
+
+    def train(
+        self,
+        log: IO[str],
+        *,
+        on_step: Callable[[int], None] | None = None,
+        until: int | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Train to the end of the recipe (or step `until`, or `time.monotonic()` = deadline). A JSON line a step."""
+        config = self.config
+        last = config.steps if until is None else min(until, config.steps)
+        while self.step < last and (deadline is None or time.monotonic() < deadline):
+            started = time.perf_counter()
+            rate = _schedule(self.step, config)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            losses, tokens = self._accumulate()
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+            if not math.isfinite(norm):
+                raise RuntimeError(f"step {self.step}: the gradient is not finite ({losses})")
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            seconds = time.perf_counter() - started
+            record = {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
+            log.write(json.dumps(record | {"tokens_per_s": tokens / seconds}) + "\n")
+            log.flush()
+            if on_step is not None:
+                on_step(self.step)
+
+    def _accumulate(self) -> tuple[dict[str, float], int]:
+        """Gradients of one step, summed over its lists; mean losses and tokens."""
+        config, sums, tokens = self.config, {}, 0
+        t0, t1 = config.temperature
+        t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
+        weights = self.weights()
+        model = Model(self.checkpoint.config, weights, self.operations)
+        total = torch.zeros((), device=self.device)
+        for index in range(config.lists_per_step):
+            number = self.step * config.lists_per_step + index
+            kind = number % 8
+            similar = config.similar > 0 and kind == 7
+            dual = config.dual > 0 and kind % 2 == 0
+            early = self.step < config.easy_start * config.steps
+            hard, easy = (config.hard // 2, config.easy + config.hard - config.hard // 2) if early else (
+                config.hard, config.easy)
+            if similar:  # a list of twice the documents
+                hard, easy = hard // 2, easy // 2
+            example = self.data.draw(config.seed, number, hard, easy, augment=similar)
+            losses, count = self._losses(model, example, dual, t)
+            tokens += count
+            scale = {"rank": 1.0, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
+                     "distill": config.distill, "embedding": config.embedding}
+            for name, loss in losses.items():
+                total = total + scale[name] * loss
+                sums.setdefault(name, []).append(float(loss.detach()))
+        (total / config.lists_per_step).backward()
+        return {name: sum(values) / len(values) for name, values in sums.items()}, tokens
+
+    def _losses(
+        self, model: Model, example: TrainingList, dual: bool, t: float
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        config = self.config
+        encoder = self.dual_encoder if dual else self.encoder
+        query = encoder.cut([example.query], config.query_tokens)[0]
+        block = encoder.encode_block(query, encoder.cut(example.documents, config.doc_tokens))
+        if dual:
+            block = replace(block, doc_rows=np.append(block.early_query_row, block.doc_rows))
+        batch = pack([block], self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = model.hidden_states(batch)
+        w = model.weights
+        normed = self.operations.rms_norm(hidden.float(), w.norm, self.checkpoint.config.rms_norm_eps)
+        vectors = torch.relu(normed @ w.w1.t()) @ w.w2.t()
+        early, docs, query_vector = vectors[: int(dual)], vectors[int(dual) : -1], vectors[-1:]
+
+        originals, positive = docs, example.positive
+        if example.copy_of is not None:
+            kept = [place for place, copy in enumerate(example.copy_of) if copy >= 0]
+            originals, positive = docs[kept], kept.index(example.positive)
+        scores = cosine(query_vector, originals)[0]
+        losses = {"rank": rank_loss(scores, positive, t)}
+        if config.disperse and len(originals) > 1:
+            losses["disperse"] = disperse_loss(originals, t)
+        if dual:
+            losses["dual"] = rank_loss(cosine(early, originals)[0], positive, t)
+        if example.copy_of is not None:
+            losses["similar"] = similar_loss(originals, docs[[c for c in example.copy_of if c >= 0]], t)
+        if config.distill and example.teacher is not None:
+            losses["distill"] = distill_loss(scores, torch.tensor(example.teacher, device=self.device), t)
+        if config.embedding and example.document_vectors is not None and example.query_vector is not None:
+            target = np.concatenate([example.document_vectors, example.query_vector[None]]).astype(np.float32)
+            vectors = torch.cat([docs, query_vector])
+            losses["embedding"] = embedding_loss(vectors, torch.from_numpy(target).to(self.device))
+        return losses, len(block.ids)
+
+    def weights(self) -> ModelWeights:
+        """The parameters as a model's weights, packed by differentiable concatenation."""
+        p, config = self.parameters, self.checkpoint.config
+        layers = []
+        for index in range(config.num_layers):
+            prefix, attn = f"model.layers.{index}.", f"model.layers.{index}.self_attn."
+            layers.append(
+                LayerWeights(
+                    input_norm=p[f"{prefix}input_layernorm.weight"],
+                    qkv=torch.cat([p[f"{attn}{x}_proj.weight"] for x in "qkv"]),
+                    qkv_bias=torch.cat([p[f"{attn}{x}_proj.bias"] for x in "qkv"]) if config.attention_bias else None,
+                    q_norm=p.get(f"{attn}q_norm.weight"),
+                    k_norm=p.get(f"{attn}k_norm.weight"),
+                    o=p[f"{attn}o_proj.weight"],
+                    post_norm=p[f"{prefix}post_attention_layernorm.weight"],
+                    gate_up=torch.cat([p[f"{prefix}mlp.gate_proj.weight"], p[f"{prefix}mlp.up_proj.weight"]]),
+                    down=p[f"{prefix}mlp.down_proj.weight"],
+                )
+            )
+        qkv, q_size = torch.as_tensor(layers[-1].qkv), config.num_heads * config.head_dim
+        return ModelWeights(
+            p["model.embed_tokens.weight"], tuple(layers), LastLayerProjections(qkv[:q_size], qkv[q_size:]),
+            p["model.norm.weight"], p["projector.0.weight"], p["projector.2.weight"],
+        )  # fmt: skip
+
+    def save_checkpoint(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write the weights as a published-format checkpoint."""
+        name = str(dtype).removeprefix("torch.")
+        raw = {**self.checkpoint.raw_config, "dtype": name}
+        raw["lastrerank"] = {k: v for k, v in (raw.get("lastrerank") or {}).items() if k != "random"}
+        state = {n: t.detach().to("cpu", dtype) for n, t in self.parameters.items()}
+        checkpoints.save(folder, raw, self.checkpoint.tokenizer, self.checkpoint.config.max_context, state)
+
+    def save_state(self, path: str | Path) -> None:
+        """Write what `load_state` needs to go on exactly where this trainer is."""
+        partial = Path(path).with_suffix(".partial")
+        state = {"step": self.step, "config": asdict(self.config), "optimizer": self.optimizer.state_dict()}
+        torch.save(state | {"parameters": {n: t.detach() for n, t in self.parameters.items()}}, partial)
+        partial.replace(path)
+
+    def load_state(self, path: str | Path) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: the state is of another recipe.
+        """
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        for field in fields(self.config):
+            if state["config"][field.name] != getattr(self.config, field.name):
+                raise ValueError(
+                    f"{path} was trained with {field.name} = {state['config'][field.name]!r}, "
+                    f"this recipe has {getattr(self.config, field.name)!r}"
+                )
+        with torch.no_grad():
+            for name, tensor in state["parameters"].items():
+                self.parameters[name].copy_(tensor)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+def _schedule(step: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then a cosine to a twentieth of the learning rate."""
+    warmup = max(1, int(config.warmup * config.steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
