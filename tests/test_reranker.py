@@ -245,13 +245,15 @@ def test_unknown_choices_are_named(small, argument, message):
         Reranker.from_pretrained(small, **argument)
 
 
-def test_scores_that_overflow_are_an_error(small, tmp_path):
+@pytest.mark.parametrize("size", [3e38, 1e37])
+def test_scores_that_overflow_are_an_error(small, tmp_path, size):
+    """Vectors that overflow, and finite ones whose norm does."""
     from safetensors.torch import load_file, save_file
 
     for file in small.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     state = load_file(small / "model.safetensors")
-    state["projector.2.weight"] = state["projector.2.weight"].sign() * 3e38
+    state["projector.2.weight"] = state["projector.2.weight"].sign() * size
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="scores are not finite"):
         Reranker.from_pretrained(tmp_path).rerank("q", ["a", "b"])

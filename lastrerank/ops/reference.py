@@ -112,7 +112,7 @@ class ReferenceOperations:
         normed = _rms_norm(hidden[rows], norm_weight, eps)
         vectors = F.relu(normed @ w1.float().t()) @ w2.float().t()
         docs, queries = vectors[: len(doc_rows)], vectors[len(doc_rows) :]
-        own = F.cosine_similarity(docs, queries[doc_sequence], dim=-1)
+        own = _cosine(docs, queries[doc_sequence])
 
         best = torch.full((len(queries),), -1.0, device=own.device)
         best = best.scatter_reduce(0, doc_sequence, own, "amax")
@@ -122,13 +122,19 @@ class ReferenceOperations:
         blocks = torch.bincount(sequence_request, minlength=len(queries))
         alone = blocks[sequence_request] == 1
         fused = torch.where(alone[:, None], queries, fused[sequence_request])
-        return docs, queries, F.cosine_similarity(docs, fused[doc_sequence], dim=-1)
+        return docs, queries, _cosine(docs, fused[doc_sequence])
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """In fp32, whatever x and weight are stored in."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Row-wise cosine in fp32, 0 for a zero vector, NaN (not 0) where a norm overflows."""
+    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return (a * b).sum(-1) / norms.clamp_min(1e-16) + 0 * norms
 
 
 def _norm_rope(
