@@ -101,7 +101,7 @@ class Reranker:
             ValueError: an argument, or the checkpoint, is not usable; the message names what and why.
             RuntimeError: a backend asked for by name can't serve here.
         """
-        target = _device(device)
+        target = resolve_device(device)
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
         if backend != "auto" and backend not in ops.BACKENDS:
@@ -341,7 +341,12 @@ def ranked(request: RerankRequest, scored: Scored) -> list[dict[str, Any]]:
     ]
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        ValueError: unknown, or not on this machine.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,6 +6,8 @@ and group of heads, tiled over rows where a mask is needed, so that no `[T, T]` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -54,14 +56,21 @@ class ReferenceOperations:
         num_kv_heads: int,
         eps: float,
     ) -> torch.Tensor:
-        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-        heads = qkv.view(len(qkv), -1, head_dim)
-        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        cos, sin = cos[positions][:, None], sin[positions][:, None]  # [T, 1, d/2]
-        rotated = [_norm_rope(x, weight, cos, sin, eps) for x, weight in ((q, q_weight), (k, k_weight)) if x.shape[1]]
+        counts = [num_heads, num_kv_heads, num_kv_heads]
+        heads = qkv.unflatten(1, (sum(counts), -1))
+
+        def rotated(rows: slice) -> list[torch.Tensor]:
+            c, s = cos[positions[rows]][:, None], sin[positions[rows]][:, None]  # [rows, 1, d/2]
+            q, k, _ = heads[rows].split(counts, dim=1)
+            return [_norm_rope(x, weight, c, s, eps) for x, weight in ((q, q_weight), (k, k_weight)) if x.shape[1]]
+
         if torch.is_grad_enabled():
-            return torch.cat([*rotated, v], dim=1).view(qkv.shape)
-        heads[:, : num_heads + num_kv_heads] = torch.cat(rotated, dim=1)
+            return torch.cat([*rotated(slice(None)), heads[:, num_heads + num_kv_heads :]], dim=1).view(qkv.shape)
+        # By tiles of rows: the fp32 copies of a 16-bit buffer would be several times its size.
+        tile = max(1, _TILE_ELEMENTS // qkv.shape[1])
+        for start in range(0, len(qkv), tile):
+            rows = slice(start, start + tile)
+            heads[rows, : num_heads + num_kv_heads] = torch.cat(rotated(rows), dim=1)
         return qkv
 
     def attention(
@@ -76,21 +85,25 @@ class ReferenceOperations:
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        results: list[torch.Tensor] = []
+        differentiable = torch.is_grad_enabled()
+        if out is None and not differentiable:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sequences: list[torch.Tensor] = []
         starts = cu_seqlens.tolist()
         row_bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
         for s, length in enumerate(seqlens):
             keys, queries = slice(starts[s], starts[s + 1]), slice(row_bounds[s], row_bounds[s + 1])
             if rows is None and (window is None or window >= length):
-                result = _causal(q[queries], k[keys], v[keys], scale)
+                tiles, along = _causal(q[queries], k[keys], v[keys], scale), 1
             else:
                 row_ids = torch.arange(length, device=q.device) if rows is None else rows[queries] - starts[s]
-                result = _masked(q[queries], k[keys], v[keys], row_ids, window, scale, dense=rows is None)
+                tiles, along = _masked(q[queries], k[keys], v[keys], row_ids, window, scale, rows is None), 0
             if out is None:
-                results.append(result)
+                sequences.append(torch.cat([tile for _, tile in tiles], dim=along))
             else:
-                out[queries] = result
-        return torch.cat(results) if out is None else out
+                for where, tile in tiles:
+                    out[queries][where] = tile
+        return torch.cat(sequences) if out is None else out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -154,17 +167,18 @@ def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
     return q, k, v
 
 
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+Tiles = Iterator[tuple[tuple[slice, slice], torch.Tensor]]
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Tiles:
     """Full causal attention of one sequence, as many KV heads at a time as the tile bound allows."""
     queries, keys, values = _grouped(q, k, v)
-    step = max(1, _TILE_ELEMENTS // max(1, q.numel() // k.shape[1]))
-    parts = [
-        F.scaled_dot_product_attention(
-            queries[h : h + step], keys[h : h + step], values[h : h + step], is_causal=True, scale=scale
-        )
-        for h in range(0, k.shape[1], step)
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).permute(2, 0, 1, 3).reshape(q.shape)
+    group = q.shape[1] // k.shape[1]
+    step = max(1, _TILE_ELEMENTS // max(1, q[:, :group].numel()))
+    for h in range(0, k.shape[1], step):
+        heads = slice(h, h + step)
+        tile = F.scaled_dot_product_attention(queries[heads], keys[heads], values[heads], is_causal=True, scale=scale)
+        yield (slice(None), slice(h * group, (h + step) * group)), tile.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _masked(
@@ -175,15 +189,14 @@ def _masked(
     window: int | None,
     scale: float,
     dense: bool,
-) -> torch.Tensor:
+) -> Tiles:
     """Queries at positions `rows` of one sequence, by tiles of rows, each against the keys its rows can see.
 
     dense: rows are all positions, so a tile's key range is known without asking the device.
     """
-    tile = 256 if window is not None and dense else max(1, _TILE_ELEMENTS // len(k))
-    parts = []
-    for start in range(0, len(rows), tile):
-        stop = min(start + tile, len(rows))
+    step = 256 if window is not None and dense else max(1, _TILE_ELEMENTS // len(k))
+    for start in range(0, len(rows), step):
+        stop = min(start + step, len(rows))
         first, last = (max(0, start - window + 1), stop) if dense and window is not None else (0, len(k))
         position = rows[start:stop, None]
         key = torch.arange(first, last, device=q.device)
@@ -191,6 +204,5 @@ def _masked(
         if window is not None:
             visible &= position - key < window
         queries, keys, values = _grouped(q[start:stop], k[first:last], v[first:last])
-        part = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)
-        parts.append(part.permute(2, 0, 1, 3).reshape(stop - start, *q.shape[1:]))
-    return torch.cat(parts)
+        tile = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scale)
+        yield (slice(start, stop), slice(None)), tile.permute(2, 0, 1, 3).flatten(1, 2)

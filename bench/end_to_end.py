@@ -1,0 +1,119 @@
+"""End to end against Transformers: the same text in, scores out, interleaved; `python -m bench.end_to_end`.
+
+Weights are random, in the published shape: speed and memory don't depend on their values. Scores of the same inputs
+are compared first; a provider whose scores differ prints no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.measure import PeakMemory, interleaved, write_results
+from bench.plots import plot_end_to_end
+from bench.providers import PROVIDERS, Request, UnavailableError
+
+# Documents and bare tokens of each, lists in one call.
+WORKLOADS = {
+    "512 tokens": (1, 5, 60),
+    "2,048 tokens": (1, 16, 106),
+    "16 lists of 150": (16, 1, 20),
+}
+# By the error rule's spirit: fp32 must agree; 16 bit and int8 are judged by ranking elsewhere and only bounded here.
+AGREEMENT = {"float32": 5e-5, "bfloat16": 5e-2, "int8": 2e-1}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", default="jina-reranker-v3")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--name", default="end_to_end_cpu" if not torch.cuda.is_available() else "end_to_end_gpu")
+    options = parser.parse_args(arguments)
+
+    from lastrerank import Reranker
+    from lastrerank.random_checkpoint import write_random_checkpoint
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        log(f"writing a random {options.shape} checkpoint")
+        write_random_checkpoint(folder, options.shape)
+        # Only to make texts of the wanted lengths and to count prompt tokens.
+        encoder = Reranker.from_pretrained(folder, backend="reference", dtype="bfloat16")
+        scorers = {}
+        for name in options.providers:
+            started = time.perf_counter()
+            try:
+                scorers[name] = PROVIDERS[name](Path(folder))
+                log(f"{name}: loaded in {time.perf_counter() - started:.1f} s")
+            except UnavailableError as reason:
+                log(f"{name}: left out: {reason}")
+        for workload in options.workloads:
+            requests = make_requests(*WORKLOADS[workload], encoder)
+            tokens = sum(encoder.encode(as_request(r)).num_tokens for r in requests)
+            rows += measure(workload, requests, tokens, scorers, options.runs)
+    path = write_results(options.name, rows)
+    plot_end_to_end(path)
+
+
+def measure(workload: str, requests: list[Request], tokens: int, scorers: Any, runs: int) -> list[dict[str, Any]]:
+    """Check, then time, then measure memory."""
+    truth, agreeing, rows = None, {}, []
+    for name, scorer in scorers.items():
+        with PeakMemory() as memory:
+            scores = np.concatenate(scorer(requests))
+        truth = scores if truth is None else truth
+        difference = float(np.abs(scores - truth).max())
+        bound = AGREEMENT[name.rsplit("-", 1)[1]]
+        rows.append({"workload": workload, "provider": name, "prompt_tokens": tokens, "max_difference": difference,
+                     "peak_bytes_above_weights": memory.peak})  # fmt: skip
+        if difference <= bound:
+            agreeing[name] = lambda scorer=scorer: scorer(requests)
+        else:
+            log(f"{name}: scores differ by {difference:.1e} on {workload}, more than {bound:.0e}: not timed")
+    times = interleaved(agreeing, runs)
+    base = times.get("transformers-sdpa-float32")
+    for row in rows:
+        timing = times.get(row["provider"])
+        if timing is not None:
+            row |= {"seconds": timing, "tokens_per_s": tokens / timing["median"]}
+            row["ratio"] = base["median"] / timing["median"] if base else None
+        log(f"{workload:16} {row['provider']:30} {row.get('tokens_per_s', float('nan')):8.1f} tokens/s "
+            f"x {row.get('ratio') or float('nan'):.2f}  peak {row['peak_bytes_above_weights'] / 2**20:.0f} MiB  "
+            f"difference {row['max_difference']:.1e}")  # fmt: skip
+    return rows
+
+
+def make_requests(lists: int, documents: int, doc_tokens: int, encoder: Any) -> list[Request]:
+    """Lists of documents of exactly `doc_tokens` bare tokens: common English words, one token each."""
+    rng = random.Random(0)
+    words = [f" {w}" for w in "the of and to in is for on that with as it by at from this an are was be have".split()]
+    requests = []
+    for _ in range(lists):
+        texts = ["".join(rng.choices(words, k=doc_tokens)) for _ in range(documents)]
+        assert all(cut.length == doc_tokens for cut in encoder.encoder.cut(texts, 10**6))
+        requests.append(("which of these is about the sea", texts))
+    return requests
+
+
+def as_request(request: Request) -> Any:
+    from lastrerank import RerankRequest
+
+    return RerankRequest(*request)
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Measuring: interleaved variants, medians and spread, the machine in every result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, device and versions."""
+    cpu = platform.processor() or platform.machine()
+    flags: list[str] = []
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        cpu = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
+        known = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+        listed = next(line for line in info.splitlines() if line.startswith("flags")).split()
+        flags = [flag for flag in known if flag in listed]
+    except (OSError, StopIteration):
+        pass
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    facts = {
+        "cpu": cpu, "flags": flags, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], runs: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+    """Time each variant `runs` times, taking turns. Seconds: median, and the quartiles as spread."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(warmup + runs):
+        for name, call in variants.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return {name: spread(values) for name, values in times.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles of at least one value."""
+    if len(values) < 2:
+        return {"median": values[0], "low": values[0], "high": values[0], "runs": 1}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "runs": len(values)}
+
+
+class PeakMemory:
+    """Peak resident memory of this process above what it had on entry, in bytes, sampled every 2 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self._stop, self.start, self.peak = threading.Event(), _resident(), 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.peak = max(self.peak, _resident() - self.start)
+            time.sleep(0.002)
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write `results/<name>.json`, and the same on stdout as the last line."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    report = {"machine": machine(), "command": " ".join(["python", "-m", *_command()]), "rows": rows}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+    return path
+
+
+def _command() -> list[str]:
+    main = sys.modules["__main__"].__spec__
+    return [main.name if main else sys.argv[0], *sys.argv[1:]]

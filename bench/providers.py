@@ -1,0 +1,67 @@
+"""What is compared: each provider makes, from a checkpoint folder, a function that scores encoded requests.
+
+A provider that can't run here says why and is left out; nothing is compared that isn't the same computation, so
+callers check scores before they time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+Request = tuple[str, list[str]]
+# Scores of several requests, each in its documents' order.
+Scorer = Callable[[list[Request]], list[np.ndarray]]
+
+
+class UnavailableError(Exception):
+    """This provider can't run here; the message says what is missing."""
+
+
+def ours(backend: str, dtype: str) -> Callable[[Path], Scorer]:
+    def make(folder: Path) -> Scorer:
+        from lastrerank import Reranker, RerankRequest
+
+        try:
+            reranker = Reranker.from_pretrained(folder, backend=backend, dtype=dtype)
+        except (ValueError, RuntimeError) as error:
+            raise UnavailableError(str(error)) from error
+
+        def score(requests: list[Request]) -> list[np.ndarray]:
+            encoded = [reranker.encode(RerankRequest(query, documents)) for query, documents in requests]
+            return [scored.scores for scored in reranker.score_encoded(encoded)]
+
+        return score
+
+    return make
+
+
+def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]:
+    def make(folder: Path) -> Scorer:
+        from bench.baseline import TransformersReranker
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            reranker = TransformersReranker(folder, dtype, attention, device)
+        except ImportError as error:
+            raise UnavailableError(str(error)) from error
+
+        def score(requests: list[Request]) -> list[np.ndarray]:
+            return [reranker.block(query, documents)[2] for query, documents in requests]
+
+        return score
+
+    return make
+
+
+PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
+    "transformers-sdpa-float32": transformers("sdpa", torch.float32),
+    "transformers-eager-float32": transformers("eager", torch.float32),
+    "transformers-sdpa-bfloat16": transformers("sdpa", torch.bfloat16),
+    "lastrerank-reference-float32": ours("reference", "float32"),
+    "lastrerank-native-float32": ours("native", "float32"),
+    "lastrerank-native-int8": ours("native", "int8"),
+}

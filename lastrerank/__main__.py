@@ -1,0 +1,3 @@
+from lastrerank.cli import main
+
+main()

@@ -1,0 +1,244 @@
+"""The command line. What programs read is JSON on stdout; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Rerank documents with last-token listwise rerankers.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="Folder, bundled name or Hub id. Default: the embedded checkpoint.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+BackendOption = Annotated[str, typer.Option(help="auto or the name of a backend (see doctor).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ExplainOption = Annotated[bool, typer.Option("--explain", help="Show tokens per document, blocks and timings.")]
+
+RANDOM_NOTICE = "The weights are random: the order means nothing."
+
+
+@app.callback()
+def _main() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
+
+
+def default_model() -> Path:
+    """The embedded checkpoint; as long as none is bundled, a small random one, written once to the user's cache."""
+    from lastrerank.random_checkpoint import write_random_checkpoint
+
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lastrerank"
+    folder = root / "random-tiny"
+    if not (folder / "model.safetensors").is_file():
+        write_random_checkpoint(folder, "tiny")
+    return folder
+
+
+@app.command()
+def rerank(
+    query: Annotated[str, typer.Argument(help="What is searched for.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="A document a file; .jsonl files hold one a line (a string or an object with 'text')."),
+    ] = None,
+    model: ModelOption = "",
+    top_n: Annotated[int | None, typer.Option(help="Results wanted.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What else the ranking should follow.")] = None,
+    as_json: JsonOption = False,
+    explain: ExplainOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Rank documents from files, or from stdin: one a line, as text or as JSON."""
+    documents, names = _read(files)
+    _run(query, documents, names, model, top_n, instruction, as_json, explain, device, dtype, backend)
+
+
+@app.command()
+def demo(
+    model: ModelOption = "",
+    as_json: JsonOption = False,
+    explain: ExplainOption = True,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Rank real help pages in several languages for a question, with the embedded checkpoint."""
+    example = json.loads((Path(__file__).parent / "demo.json").read_text(encoding="utf-8"))
+    names = [f"{d['language']} {d['page']}" for d in example["documents"]]
+    _run(example["query"], example["documents"], names, model, None, None, as_json, explain, device, dtype, backend)
+
+
+@app.command()
+def doctor(
+    verify: Annotated[str, typer.Option(help="Folder or Hub id to compare with published scores.")] = "",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """What this machine has, which backends serve it and why others don't, and a numeric self-check."""
+    from lastrerank.doctor import examine, verify_checkpoint
+
+    try:
+        report = examine(device)
+        if verify:
+            report["verify"] = verify_checkpoint(verify, device)
+    except (ValueError, TypeError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_report(report)
+    bad = not report["self_check"]["ok"] or not report.get("verify", {}).get("ok", True)
+    raise typer.Exit(1 if bad else 0)
+
+
+def _run(
+    query: str,
+    documents: list[Any],
+    names: list[str],
+    model: str,
+    top_n: int | None,
+    instruction: str | None,
+    as_json: bool,
+    explain: bool,
+    device: str,
+    dtype: str,
+    backend: str,
+) -> None:
+    from lastrerank import Reranker, RerankRequest
+    from lastrerank.reranker import ranked
+
+    started = time.perf_counter()
+    try:
+        loaded = Reranker.from_pretrained(model or default_model(), device=device, dtype=dtype, backend=backend)
+        load_seconds = time.perf_counter() - started
+        request = RerankRequest.of(RerankRequest(query, documents, top_n=top_n, instruction=instruction))
+        started = time.perf_counter()
+        encoded = loaded.encode(request)
+        tokenise_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        results = ranked(request, loaded.score_encoded([encoded])[0])
+        score_seconds = time.perf_counter() - started
+    except (ValueError, TypeError, RuntimeError) as error:
+        _fail(error)
+    random = bool((loaded.checkpoint.raw_config.get("lastrerank") or {}).get("random"))
+    details = {
+        "model": loaded.checkpoint.folder.name, "random": random, "backend": loaded.backend, "dtype": loaded.dtype,
+        "device": str(loaded.device), "prompt_tokens": encoded.num_tokens, "query_cut": encoded.query_cut,
+        "blocks": [len(block.doc_rows) for block in encoded.blocks],
+        "load_ms": 1e3 * load_seconds, "tokenise_ms": 1e3 * tokenise_seconds, "score_ms": 1e3 * score_seconds,
+    }  # fmt: skip
+    if as_json:
+        rows = [
+            {"index": r["index"], "name": names[r["index"]], "relevance_score": r["relevance_score"],
+             **({"tokens": encoded.doc_tokens[r["index"]], "cut": encoded.cut[r["index"]]} if explain else {})}
+            for r in results
+        ]  # fmt: skip
+        print(json.dumps({"query": query, "results": rows, **(details if explain else {})}, ensure_ascii=False))
+        if random:
+            print(RANDOM_NOTICE, file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(title=Text(query), title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    if explain:
+        table.add_column("tokens", justify="right")
+    table.add_column("document", overflow="fold")
+    for place, result in enumerate(results, 1):
+        index = result["index"]
+        text = result["document"] if isinstance(result["document"], str) else result["document"]["text"]
+        cells = [str(place), f"{result['relevance_score']:+.4f}"]
+        if explain:
+            cells.append(f"{encoded.doc_tokens[index]}{' (cut)' if encoded.cut[index] else ''}")
+        table.add_row(*cells, Text(f"[{names[index]}] {' '.join(text[:200].split())[:110]}"))
+    console.print(table)
+    if explain:
+        console.print(
+            f"{details['prompt_tokens']} prompt tokens in {len(encoded.blocks)} block(s) {details['blocks']}; "
+            f"model {details['model']}, {details['dtype']}, backend {details['backend']} on {details['device']}; "
+            f"load {details['load_ms']:.0f} ms, tokenise {details['tokenise_ms']:.1f} ms, "
+            f"score {details['score_ms']:.1f} ms",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if random:
+        console.print(RANDOM_NOTICE, style="bold yellow")
+
+
+def _read(files: list[Path] | None) -> tuple[list[Any], list[str]]:
+    """Documents and a name for each."""
+    documents: list[Any] = []
+    names: list[str] = []
+    if not files:
+        if sys.stdin.isatty():
+            _fail(ValueError("no documents: name files, or pipe one document a line to stdin"))
+        _read_lines(sys.stdin.read(), "stdin", documents, names, json_only=False)
+    for file in files or []:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            _fail(ValueError(f"{file}: {error}"))
+        if file.suffix == ".jsonl":
+            _read_lines(text, str(file), documents, names, json_only=True)
+        else:
+            documents.append(text)
+            names.append(file.name)
+    return documents, names
+
+
+def _read_lines(text: str, source: str, documents: list[Any], names: list[str], json_only: bool) -> None:
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line:
+            continue
+        value: Any = line
+        if json_only or line.startswith(("{", '"')):
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                if json_only:
+                    _fail(ValueError(f"{source}:{number}: not JSON: {error}"))
+        if not isinstance(value, (str, dict)):
+            _fail(ValueError(f"{source}:{number}: expected a string or an object with 'text', got {line[:60]!r}"))
+        documents.append(value)
+        names.append(f"{source}:{number}")
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    for name, version in report["versions"].items():
+        print(f"{name:14} {version}")
+    print(f"{'device':14} {report['device']}")
+    for name, reason in report["backends"].items():
+        print(f"{'backend':14} {name}: {'available' if reason is None else reason}")
+    check = report["self_check"]
+    print(f"{'self-check':14} {'ok' if check['ok'] else 'FAILED'}: " + ", ".join(
+        f"{name} differs by {difference:.1e} from the reference" for name, difference in check["difference"].items()
+    ))  # fmt: skip
+    if "verify" in report:
+        result = report["verify"]
+        print(f"{'verify':14} {'ok' if result['ok'] else 'FAILED'}: {result['message']}")
+
+
+def _fail(error: Exception) -> Any:
+    print(f"lastrerank: {error}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of `lastrerank`."""
+    app()

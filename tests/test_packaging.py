@@ -1,0 +1,45 @@
+"""How the package installs and imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def python(code: str, cwd) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_never_shadow_the_published_package_of_that_name():
+    """From the repository root, where a folder `kernels` lies on sys.path: it is no package, and a real one wins."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = (
+        "import sys, pathlib, tempfile\n"
+        "d = pathlib.Path(tempfile.mkdtemp()); (d / 'kernels').mkdir()\n"
+        "(d / 'kernels' / '__init__.py').write_text('published = True')\n"
+        "sys.path.append(str(d))\n"
+        "import kernels; print(kernels.published)"
+    )
+    assert python(code, ROOT).strip() == "True"
+    assert python("import lastrerank.kernels as k; print(list(k.__path__))", ROOT).strip().endswith("kernels']")
+
+
+def test_importing_needs_little():
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import lastrerank\n"
+        "print([m for m in ('triton', 'transformers', 'huggingface_hub', 'rich', 'typer') if m in sys.modules])"
+    )
+    # torch itself may import triton; what we may not do is import more than it did.
+    alone = python("import sys, torch; print([m for m in ('triton',) if m in sys.modules])", ROOT)
+    assert python(code, ROOT).replace(alone.strip().strip("[]"), "").strip().strip("[], ") == ""
+
+
+def test_root_folders():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if tracked.returncode == 0:
+        folders = {line.split("/")[0] for line in tracked.stdout.splitlines() if "/" in line}
+        assert {f for f in folders if not f.startswith(".")} <= {"csrc", "lastrerank", "kernels", "tests", "bench"}
