@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from lastrerank.config import ModelConfig
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
+from lastrerank.ops import Weight
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
@@ -39,14 +40,19 @@ class Checkpoint:
     config: ModelConfig
     tokenizer: Tokenizer
 
-    def weights(self, device: torch.device, dtype: torch.dtype) -> ModelWeights:
-        """All weights on `device` in `dtype`, q, k, v and gate, up packed; norms in `dtype` too.
+    def weights(
+        self, device: torch.device, dtype: torch.dtype, prepare: Callable[[torch.Tensor], Weight] | None = None
+    ) -> ModelWeights:
+        """All weights on `device` in `dtype`, q, k, v and gate, up packed.
+
+        With `prepare` (`Operations.prepare`), it gets each linear weight as stored, one at a time, and decides what is
+        kept; the embedding table stays as stored too, memory-mapped on a CPU.
 
         Raises:
             ValueError: a file is damaged, or tensors are missing, unknown, misshapen or not finite.
         """
         with _Tensors(self.folder) as tensors:
-            return _load(self.config, tensors, device, dtype)
+            return _load(self.config, tensors, device, dtype, prepare)
 
 
 def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -133,12 +139,14 @@ def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Te
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     state |= {"projector.0.weight": weights.w1, "projector.2.weight": weights.w2}
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    def plain(weight: Weight) -> torch.Tensor:
+        return weight if isinstance(weight, torch.Tensor) else weight.unpack()
+
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
-        for weight in (layer.qkv, layer.o, layer.gate_up, layer.down):
-            if not isinstance(weight, torch.Tensor):
-                raise ValueError("this model's weights are quantised; save from the checkpoint they were made from")
-        qkv, gate_up = torch.as_tensor(layer.qkv), torch.as_tensor(layer.gate_up)
+        last = (weights.last.q, weights.last.kv)
+        qkv = torch.cat([plain(w) for w in last]) if layer.qkv is None else plain(layer.qkv)
+        gate_up = plain(layer.gate_up)
         for name, part in zip("qkv", qkv.split([q_size, kv_size, kv_size]), strict=True):
             state[f"{prefix}self_attn.{name}_proj.weight"] = part
         if layer.qkv_bias is not None:
@@ -147,9 +155,9 @@ def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Te
         if layer.q_norm is not None and layer.k_norm is not None:
             state[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
             state[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
-        state[f"{prefix}self_attn.o_proj.weight"] = torch.as_tensor(layer.o)
+        state[f"{prefix}self_attn.o_proj.weight"] = plain(layer.o)
         state[f"{prefix}mlp.gate_proj.weight"], state[f"{prefix}mlp.up_proj.weight"] = gate_up.chunk(2)
-        state[f"{prefix}mlp.down_proj.weight"] = torch.as_tensor(layer.down)
+        state[f"{prefix}mlp.down_proj.weight"] = plain(layer.down)
         state[f"{prefix}input_layernorm.weight"] = layer.input_norm
         state[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
     return state
@@ -197,7 +205,13 @@ class _Tensors:
         return self._files[name].get_tensor(name)
 
 
-def _load(config: ModelConfig, tensors: _Tensors, device: torch.device, dtype: torch.dtype) -> ModelWeights:
+def _load(
+    config: ModelConfig,
+    tensors: _Tensors,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[torch.Tensor], Weight] | None,
+) -> ModelWeights:
     stored = {_canonical(name): name for name in tensors.names() if not _IGNORED.fullmatch(name)}
     if not {"projector.0.weight", "projector.2.weight"} <= stored.keys():
         raise ValueError(
@@ -237,8 +251,8 @@ def _load(config: ModelConfig, tensors: _Tensors, device: torch.device, dtype: t
         if tensors.shape(stored[name]) != shape:
             raise ValueError(f"{name} has shape {tensors.shape(stored[name])}, expected {shape} from config.json")
 
-    def read(*names: str) -> torch.Tensor:
-        """One tensor, or several along the first dimension, checked to be finite."""
+    def stored_tensor(*names: str) -> torch.Tensor:
+        """One tensor, or several along the first dimension, as stored and checked to be finite."""
         parts = []
         for name in names:
             part = tensors.read(stored[name])
@@ -247,29 +261,40 @@ def _load(config: ModelConfig, tensors: _Tensors, device: torch.device, dtype: t
             # The sum shows any NaN or infinity in one pass; only then is it worth a second look.
             if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
                 raise ValueError(f"{name} holds NaN or infinity")
-            parts.append(part.to(device, dtype))
+            parts.append(part.to(device))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read(*names: str) -> torch.Tensor:
+        return stored_tensor(*names).to(dtype)
+
+    def linear(weight: torch.Tensor) -> Weight:
+        return weight.to(dtype) if prepare is None else prepare(weight)
+
+    def qkv(index: int) -> torch.Tensor:
+        return stored_tensor(*(f"model.layers.{index}.self_attn.{x}_proj.weight" for x in "qkv"))
+
+    last = config.num_layers - 1
 
     def layer_weights(index: int) -> LayerWeights:
         prefix, attn = f"model.layers.{index}.", f"model.layers.{index}.self_attn."
         return LayerWeights(
             input_norm=read(f"{prefix}input_layernorm.weight"),
-            qkv=read(*(f"{attn}{x}_proj.weight" for x in "qkv")),
+            qkv=None if index == last else linear(qkv(index)),
             qkv_bias=read(*(f"{attn}{x}_proj.bias" for x in "qkv")) if config.attention_bias else None,
             q_norm=read(f"{attn}q_norm.weight") if config.qk_norm else None,
             k_norm=read(f"{attn}k_norm.weight") if config.qk_norm else None,
-            o=read(f"{attn}o_proj.weight"),
+            o=linear(stored_tensor(f"{attn}o_proj.weight")),
             post_norm=read(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=read(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
-            down=read(f"{prefix}mlp.down_proj.weight"),
+            gate_up=linear(stored_tensor(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")),
+            down=linear(stored_tensor(f"{prefix}mlp.down_proj.weight")),
         )
 
-    layers = tuple(layer_weights(index) for index in range(config.num_layers))
-    qkv = torch.as_tensor(layers[-1].qkv)
+    embedding = stored_tensor("model.embed_tokens.weight")
+    final = qkv(last)
     return ModelWeights(
-        embedding=read("model.embed_tokens.weight"),
-        layers=layers,
-        last=LastLayerProjections(q=qkv[:q_size], kv=qkv[q_size:]),
+        embedding=embedding.to(dtype) if prepare is None or device.type != "cpu" else embedding,
+        layers=tuple(layer_weights(index) for index in range(config.num_layers)),
+        last=LastLayerProjections(q=linear(final[:q_size]), kv=linear(final[q_size:])),
         norm=read("model.norm.weight"),
         w1=read("projector.0.weight"),
         w2=read("projector.2.weight"),

@@ -24,10 +24,10 @@ ROW_CHUNK = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. qkv `[(Hq + 2 Hkv) d, D]` and gate_up `[2F, D]` are packed; q and kv are its two parts."""
+    """One decoder layer. qkv `[(Hq + 2 Hkv) d, D]` and gate_up `[2F, D]` are packed; qkv is None in the last layer."""
 
     input_norm: torch.Tensor
-    qkv: Weight
+    qkv: Weight | None
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
@@ -39,7 +39,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class LastLayerProjections:
-    """The last layer's qkv projection apart: queries are computed for read rows only. Views where storage allows."""
+    """The last layer's qkv projection in two parts: queries are computed for read rows only."""
 
     q: Weight
     kv: Weight
@@ -163,7 +163,7 @@ class Model:
 
     def _project(self, index: int, normed: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         layer = self.weights.layers[index]
-        if index + 1 < len(self.weights.layers):
+        if layer.qkv is not None:
             return self.ops.linear(normed, layer.qkv, layer.qkv_bias, out)
         q_size = self.config.num_heads * self.config.head_dim
         bias = None if layer.qkv_bias is None else layer.qkv_bias[q_size:]

@@ -19,7 +19,8 @@ from lastrerank.progress import Progress
 from lastrerank.prompt import TEMPLATES, CutText, EncodedBlock, PromptEncoder, PromptTemplate
 from lastrerank.request import BLOCK_SIZE, Document, RerankRequest
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# int8 names the linears' weights; activations are fp32 then.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 # Tokens of one pass when the caller doesn't say: enough to fill the device, small enough to share it.
 _BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
@@ -91,7 +92,8 @@ class Reranker:
         Args:
             id_or_path: folder, bundled name or Hub id.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-            dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16" or "float16".
+            dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or "int8" (linears
+                in int8, native backend only; scores differ from float32's).
             backend: "auto" or one of `lastrerank.ops.BACKENDS`.
             template: "auto" (what the checkpoint says), a name in `lastrerank.prompt.TEMPLATES`, or a template.
             deterministic: every block is its own pass, so that scores are bitwise the same alone and in company.
@@ -119,7 +121,8 @@ class Reranker:
             template = TEMPLATES[template]
         encoder = PromptEncoder(source.tokenizer, template)
         name, operations = ops.select(backend, target, DTYPES[dtype])
-        weights = source.weights(target, DTYPES[dtype])
+        compute_dtype = torch.float32 if dtype == "int8" else DTYPES[dtype]
+        weights = source.weights(target, compute_dtype, operations.prepare if name == "native" else None)
         return cls(
             source, Model(source.config, weights, operations), encoder,
             device=target, backend=name, dtype=dtype, deterministic=deterministic,

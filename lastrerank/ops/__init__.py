@@ -16,24 +16,29 @@ import torch
 logger = logging.getLogger("lastrerank")
 
 
-class QuantizedWeight(Protocol):
-    """A weight `[out, in]` that multiplies itself, whatever its storage."""
+class OwnWeight(Protocol):
+    """A weight `[out, in]` that multiplies itself, whatever its storage: packed, quantised."""
 
-    out_features: int
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        """`x @ weight.T + bias`: `[T, in] -> [T, out]`."""
 
-    def matmul(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """`x @ weight.T`: `[T, in] -> [T, out]`."""
+    def unpack(self) -> torch.Tensor:
+        """The weight as it was. Raises ValueError if it is quantised."""
 
 
-Weight = torch.Tensor | QuantizedWeight
+Weight = torch.Tensor | OwnWeight
 
 
 class Operations(Protocol):
     """T rows, D hidden width, d head width, Hq query heads, Hkv key/value heads, F intermediate width.
 
+    dtype torch.int8 in `select` means int8 linears between fp32 activations.
     With grad disabled, `add_rms_norm`, `qk_norm_rope` and `out=` write in place. With grad enabled nothing is written
     in place and everything is differentiable (reference only).
     """
+
+    def prepare(self, weight: torch.Tensor) -> Weight:
+        """A stored weight `[out, in]`, on its device, as `linear` wants it; called once a weight at load."""
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Row gather: ids int64 `[T]`, table `[V, D]` -> `[T, D]`, a new tensor."""
@@ -114,7 +119,19 @@ class Operations(Protocol):
         """
 
 
+def _native(device: torch.device, dtype: torch.dtype) -> Operations:
+    if device.type != "cpu":
+        raise RuntimeError(f"it runs on the CPU, not on {device.type}")
+    if dtype not in (torch.float32, torch.int8):
+        raise RuntimeError(f"it computes in float32 and int8, not in {str(dtype).removeprefix('torch.')}")
+    from lastrerank.ops.native import NativeOperations
+
+    return NativeOperations(int8=dtype == torch.int8)
+
+
 def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
+    if dtype == torch.int8:
+        raise RuntimeError("it has no int8 linears")
     from lastrerank.ops.reference import ReferenceOperations
 
     return ReferenceOperations()
@@ -122,6 +139,7 @@ def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
 
 # In order of preference. A factory raises RuntimeError saying what is missing.
 BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
+    "native": _native,
     "reference": _reference,
 }
 
@@ -137,13 +155,14 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Op
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
         return name, BACKENDS[name](device, dtype)
+    reasons = []
     for candidate, factory in BACKENDS.items():
         try:
             return candidate, factory(device, dtype)
         except RuntimeError as reason:
-            log = logger.debug if candidate == "triton" and device.type == "cpu" else logger.warning
-            log("backend %s: %s", candidate, reason)
-    raise AssertionError("the reference serves every device")
+            reasons.append(f"{candidate}: {reason}")
+            logger.info("backend %s", reasons[-1])
+    raise RuntimeError(f"no backend serves {dtype} on {device}: {'; '.join(reasons)}")
 
 
 def availability(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:

@@ -20,6 +20,9 @@ _TILE_ELEMENTS = 1 << 22
 class ReferenceOperations:
     """See `lastrerank.ops.Operations`."""
 
+    def prepare(self, weight: torch.Tensor) -> Weight:
+        return weight
+
     def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, table)
 
@@ -36,8 +39,7 @@ class ReferenceOperations:
         self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if not isinstance(weight, torch.Tensor):
-            result = weight.matmul(x, out)
-            return result if bias is None else result.add_(bias)
+            return weight.matmul(x, bias, out)
         if out is None:
             return F.linear(x, weight, bias)
         if bias is None:

@@ -188,12 +188,16 @@ class Trainer:
         """The parameters as a model's weights, packed by differentiable concatenation."""
         p, config = self.parameters, self.checkpoint.config
         layers = []
+
+        def qkv(attn: str) -> torch.Tensor:
+            return torch.cat([p[f"{attn}{x}_proj.weight"] for x in "qkv"])
+
         for index in range(config.num_layers):
             prefix, attn = f"model.layers.{index}.", f"model.layers.{index}.self_attn."
             layers.append(
                 LayerWeights(
                     input_norm=p[f"{prefix}input_layernorm.weight"],
-                    qkv=torch.cat([p[f"{attn}{x}_proj.weight"] for x in "qkv"]),
+                    qkv=None if index == config.num_layers - 1 else qkv(attn),
                     qkv_bias=torch.cat([p[f"{attn}{x}_proj.bias"] for x in "qkv"]) if config.attention_bias else None,
                     q_norm=p.get(f"{attn}q_norm.weight"),
                     k_norm=p.get(f"{attn}k_norm.weight"),
@@ -203,9 +207,9 @@ class Trainer:
                     down=p[f"{prefix}mlp.down_proj.weight"],
                 )
             )
-        qkv, q_size = torch.as_tensor(layers[-1].qkv), config.num_heads * config.head_dim
+        final, q_size = qkv(attn), config.num_heads * config.head_dim
         return ModelWeights(
-            p["model.embed_tokens.weight"], tuple(layers), LastLayerProjections(qkv[:q_size], qkv[q_size:]),
+            p["model.embed_tokens.weight"], tuple(layers), LastLayerProjections(final[:q_size], final[q_size:]),
             p["model.norm.weight"], p["projector.0.weight"], p["projector.2.weight"],
         )  # fmt: skip
 

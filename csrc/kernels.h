@@ -1,0 +1,51 @@
+// The kernels of one instruction set, as a table; `kernels.cpp` is compiled once for each (see CMakeLists.txt).
+//
+// All matrices are row-major with a row stride in elements ("ld"). Every output element is computed in an order that
+// depends on the operation's inner sizes alone, so a row's result is bitwise the same whatever rows stand beside it.
+#pragma once
+
+#include <cstdint>
+
+namespace lastrerank {
+
+struct Kernels {
+  const char* name;
+
+  // Elements of storage of a packed [n, k] weight.
+  long (*packed_f32_size)(long n, long k);
+  long (*packed_i8_size)(long n, long k);
+  // Pack a weight [n, k] from fp32 (or bf16) rows: columns in panels, zero-padded.
+  void (*pack_f32)(const void* weight, bool bf16, long n, long k, float* packed);
+  void (*unpack_f32)(const float* packed, long n, long k, float* weight);
+  // Quantise to 7 bits a weight, symmetric, one scale an output; sums: of each output's quantised weights.
+  void (*pack_i8)(const void* weight, bool bf16, long n, long k, int8_t* packed, float* scales, int32_t* sums);
+
+  // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null)
+  void (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
+                     const float* bias, float* out, long ldo);
+  // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.
+  void (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
+                    const int32_t* sums, long n, const float* bias, float* out, long ldo);
+
+  // residual += x (unless x is null), out = residual / rms(residual) * weight
+  void (*add_rms_norm)(int threads, float* residual, long ldr, const float* x, long ldx, const float* weight, float eps,
+                       long rows, long width, float* out, long ldo);
+  // out[rows, width] = silu(gate) * up, gate_up [rows, 2 width]
+  void (*swiglu)(int threads, const float* gate_up, long ldg, long rows, long width, float* out, long ldo);
+  // In place on the first heads + kv_heads heads of each row; null weights skip the norm; cos, sin [positions, dim / 2].
+  void (*qk_norm_rope)(int threads, float* qkv, long ld, long rows, long heads, long kv_heads, long dim,
+                       const float* q_weight, const float* k_weight, const float* cos, const float* sin,
+                       const int64_t* positions, float eps);
+  // Causal grouped-query attention of one sequence: q rows are at `positions` (null: 0, 1, 2, ...), keys 0 .. length - 1.
+  // window <= 0: none. Head h of q at q + h * dim, of k and v likewise. out may be q.
+  void (*attention)(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
+                    const float* v, long ldv, long length, long heads, long kv_heads, long dim, long window, float scale,
+                    float* out, long ldo);
+};
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512vnni;
+
+}  // namespace lastrerank

@@ -1,0 +1,14 @@
+// A small thread pool: `parallel_for(threads, tasks, f)` runs f(task) for tasks 0 .. tasks - 1, handed out in order.
+//
+// Its own rather than OpenMP's: a second OpenMP runtime beside PyTorch's would keep a second set of spinning threads,
+// and GNU's can't be used in a child after fork. Workers here sleep between jobs; a forked child starts its own pool;
+// a caller that finds the pool busy (another Python thread is in it) runs its tasks by itself.
+#pragma once
+
+#include <functional>
+
+namespace lastrerank {
+
+void parallel_for(int threads, long tasks, const std::function<void(long)>& f);
+
+}  // namespace lastrerank

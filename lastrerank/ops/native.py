@@ -1,0 +1,249 @@
+"""The operations on a CPU by the C++ kernels of `csrc/`, through a plain C interface.
+
+fp32 activations; linears in fp32, or in int8 (weights 7 bits and symmetric per output, activations 8 bits and
+symmetric per row, integer accumulation). What the kernels don't do better than PyTorch is inherited: `embed`, and
+`score`, which is 0.1 % of a pass.
+
+`LASTRERANK_ISA` forces an instruction set (portable, avx2, avx512, avx512vnni) for tests and measurements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lastrerank.ops import Weight
+from lastrerank.ops.reference import ReferenceOperations
+
+_VERSION = 1
+_I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
+
+
+class _Kernels(ctypes.Structure):
+    """The table of kernels.h, field by field."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
+        ("packed_i8_size", ctypes.CFUNCTYPE(_L, _L, _L)),
+        ("pack_f32", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
+        ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
+        ("pack_i8", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P, _P, _P)),
+        ("linear_f32", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
+        ("linear_i8", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _P, _P, _L, _P, _P, _L)),
+        ("add_rms_norm", ctypes.CFUNCTYPE(None, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
+        ("swiglu", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L)),
+        ("qk_norm_rope", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _F)),
+        (
+            "attention",
+            ctypes.CFUNCTYPE(
+                None, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _F, _P, _L
+            ),
+        ),
+    )
+
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that the library has and this processor runs, best first.
+
+    Raises:
+        RuntimeError: the library isn't there or is of another version; the message says why.
+    """
+    return [kernels.name.decode() for kernels in _tables()]
+
+
+@lru_cache(maxsize=1)
+def _tables() -> list[Any]:
+    # Beside this file, or where an editable install put it.
+    import lastrerank.ops
+
+    candidates = [Path(folder) / "lastrerank_native.so" for folder in lastrerank.ops.__path__]
+    candidates += [path.with_suffix(suffix) for path in candidates for suffix in (".dylib", ".dll")]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise RuntimeError("its library was not built: no working C++ compiler when lastrerank was installed")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"its library does not load: {error}") from error
+    if library.lastrerank_version() != _VERSION:
+        raise RuntimeError(f"{path} is of version {library.lastrerank_version()}, expected {_VERSION}: reinstall")
+    get = library.lastrerank_kernels
+    get.argtypes, get.restype = [_I], ctypes.POINTER(_Kernels)
+    tables = []
+    while pointer := get(len(tables)):
+        tables.append(pointer.contents)
+    return tables
+
+
+class NativeOperations(ReferenceOperations):
+    """See `lastrerank.ops.Operations`. fp32 tensors on the CPU whose rows are contiguous; grad must be disabled.
+
+    Args:
+        int8: whether `prepare` quantises weights.
+
+    Raises:
+        RuntimeError: the library is missing, or the instruction set forced by LASTRERANK_ISA doesn't run here.
+    """
+
+    def __init__(self, int8: bool = False) -> None:
+        forced = os.environ.get("LASTRERANK_ISA")
+        tables = {table.name.decode(): table for table in _tables()}
+        if forced is not None and forced not in tables:
+            raise RuntimeError(f"LASTRERANK_ISA is {forced!r}, this processor and library have {list(tables)}")
+        self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
+        self.int8 = int8
+
+    def prepare(self, weight: torch.Tensor) -> Weight:
+        """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
+        return Int8Weight(weight, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
+
+    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, table).float()
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = torch.empty(x.shape)
+        self.kernels.add_rms_norm(
+            torch.get_num_threads(), _pointer(x), x.stride(0), None, 0, _pointer(weight), eps, *x.shape,
+            _pointer(out), out.stride(0),
+        )  # fmt: skip
+        return out
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty(x.shape)
+        self.kernels.add_rms_norm(
+            torch.get_num_threads(), _pointer(residual), residual.stride(0), _pointer(x), x.stride(0),
+            _pointer(weight), eps, *x.shape, _pointer(out), out.stride(0),
+        )  # fmt: skip
+        return residual, out
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, width)
+        self.kernels.swiglu(
+            torch.get_num_threads(), _pointer(gate_up), gate_up.stride(0), rows, width, _pointer(out), width
+        )
+        return out
+
+    def qk_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> torch.Tensor:
+        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+        self.kernels.qk_norm_rope(
+            torch.get_num_threads(), _pointer(qkv), qkv.stride(0), len(qkv), num_heads, num_kv_heads, head_dim,
+            _pointer(q_weight), _pointer(k_weight), _pointer(cos), _pointer(sin),
+            _pointer(positions, torch.int64), eps,
+        )  # fmt: skip
+        return qkv
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+        window: int | None,
+        scale: float,
+        rows: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = torch.empty(q.shape) if out is None else out
+        starts = cu_seqlens.tolist()
+        bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
+        for s, length in enumerate(seqlens):
+            first, last = bounds[s], bounds[s + 1]
+            if first == last:
+                continue
+            positions = None if rows is None else rows[first:last] - starts[s]
+            keys, values = k[starts[s] :], v[starts[s] :]
+            self.kernels.attention(
+                torch.get_num_threads(), _pointer(q[first:]), q.stride(0), last - first,
+                _pointer(positions, torch.int64), _pointer(keys), k.stride(0), _pointer(values), v.stride(0), length,
+                q.shape[1], k.shape[1], q.shape[2], window or 0, scale, _pointer(out[first:]), out.stride(0),
+            )  # fmt: skip
+        return out
+
+
+class PackedWeight:
+    """A weight in fp32, packed into panels for the kernels of one instruction set. bf16 sources are read directly."""
+
+    def __init__(self, weight: torch.Tensor, kernels: Any) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._kernels = kernels
+        source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
+        self._packed = torch.empty(kernels.packed_f32_size(*weight.shape))
+        kernels.pack_f32(source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, self._packed.data_ptr())
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty(len(x), self.out_features) if out is None else out
+        self._kernels.linear_f32(
+            torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed), self.out_features,
+            _pointer(bias), _pointer(out), out.stride(0),
+        )  # fmt: skip
+        return out
+
+    def unpack(self) -> torch.Tensor:
+        weight = torch.empty(self.out_features, self.in_features)
+        self._kernels.unpack_f32(_pointer(self._packed), *weight.shape, _pointer(weight))
+        return weight
+
+
+class Int8Weight:
+    """A weight quantised to int8 (7 bits used), one scale an output, packed like `PackedWeight`."""
+
+    def __init__(self, weight: torch.Tensor, kernels: Any) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._kernels = kernels
+        source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
+        self._packed = torch.empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
+        self._scales, self._sums = torch.empty(len(weight)), torch.empty(len(weight), dtype=torch.int32)
+        kernels.pack_i8(
+            source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, self._packed.data_ptr(),
+            self._scales.data_ptr(), self._sums.data_ptr(),
+        )  # fmt: skip
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty(len(x), self.out_features) if out is None else out
+        self._kernels.linear_i8(
+            torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
+            self._scales.data_ptr(), self._sums.data_ptr(), self.out_features, _pointer(bias), _pointer(out),
+            out.stride(0),
+        )  # fmt: skip
+        return out
+
+    def unpack(self) -> torch.Tensor:
+        raise ValueError("this model's weights are quantised; save from the checkpoint they were made from")
+
+
+def _pointer(x: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+    """Address of a CPU tensor whose rows are contiguous."""
+    if x is None:
+        return None
+    inner = 1
+    for size, stride in zip(reversed(x.shape[1:] or x.shape), reversed(x.stride()), strict=False):
+        if size > 1 and stride != inner:
+            raise ValueError(f"rows are not contiguous: shape {tuple(x.shape)}, strides {x.stride()}")
+        inner *= size
+    if x.dtype != dtype or x.device.type != "cpu":
+        raise TypeError(f"expected a {dtype} tensor on the CPU, got {x.dtype} on {x.device}")
+    return x.data_ptr()
+
+
