@@ -96,7 +96,8 @@ def measure(workload: str, requests: list[Request], tokens: int, scorers: Any, r
 def make_requests(lists: int, documents: int, doc_tokens: int, encoder: Any) -> list[Request]:
     """Lists of documents of exactly `doc_tokens` bare tokens: common English words, one token each."""
     rng = random.Random(0)
-    words = [f" {w}" for w in "the of and to in is for on that with as it by at from this an are was be have".split()]
+    common = "the of and to in is for on that with as it by at from this an are was be have"
+    words = [f" {word}" for word in common.split()]
     requests = []
     for _ in range(lists):
         texts = ["".join(rng.choices(words, k=doc_tokens)) for _ in range(documents)]

@@ -225,7 +225,9 @@ class PromptEncoder:
 
     # Blocks
 
-    def encode_block(self, query: CutText, documents: Sequence[CutText], instruction: str | None = None) -> EncodedBlock:
+    def encode_block(
+        self, query: CutText, documents: Sequence[CutText], instruction: str | None = None
+    ) -> EncodedBlock:
         """One prompt over `documents` (at least one), ids identical to encoding it as one string."""
         template = self.template
         values = {"{count}": str(len(documents)), "{query}": query.text}
@@ -284,7 +286,7 @@ class PromptEncoder:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def _is_boundary(self, tail: str, head: str) -> bool:
-        """Whether the tokenizer always splits between a segment ending in `tail` and a document starting with `head`."""
+        """Whether the tokenizer always splits between a segment ending in `tail` and a text starting with `head`."""
         pre_tokenizer = self._plain.pre_tokenizer
         if pre_tokenizer is None:
             return False

@@ -157,8 +157,9 @@ class Reranker:
             TypeError, ValueError: an argument is bad; the message names it, its position and its value.
         """
         request = RerankRequest(
-            query, documents, top_n, return_embeddings, max_doc_length, max_query_length, instruction, block_size, orders
-        )
+            query, documents, top_n, return_embeddings, max_doc_length, max_query_length, instruction, block_size,
+            orders,
+        )  # fmt: skip
         return self.rerank_many([request], progress=progress)[0]
 
     def rerank_many(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
-import bench.end_to_end
-import bench.measure
 import numpy as np
 import pytest
+
+import bench.end_to_end
+import bench.measure
 
 
 @pytest.fixture

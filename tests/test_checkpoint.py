@@ -62,7 +62,8 @@ def drop_prefix(state):
     [
         lambda s: (rename(s, "projector.0.weight", "projector.linear1.weight"),
                    rename(s, "projector.2.weight", "projector.linear2.weight")),
-        lambda s: (rename(s, "projector.0.weight", "linear1.weight"), rename(s, "projector.2.weight", "linear2.weight")),
+        lambda s: (rename(s, "projector.0.weight", "linear1.weight"),
+                   rename(s, "projector.2.weight", "linear2.weight")),
         lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()}),
         drop_prefix,
     ],
@@ -90,7 +91,7 @@ def test_sharded(small_reranker, copy):
     (copy.folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert score(copy.load()) == score(small_reranker)
     (copy.folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors, listed in .* is missing"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors, listed in .* is missing"):
         copy.load()
 
 
@@ -101,7 +102,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
     ("change", "message"),
     [
         (lambda s: s.pop(NAME), f"1 tensors are missing, the first: {NAME}"),
-        (lambda s: s.update({"model.layers.9.extra": torch.ones(2)}), "1 tensors are unknown, the first: model.layers.9"),
+        (lambda s: s.update({"model.layers.9.x": torch.ones(2)}), "1 tensors are unknown, the first: model.layers.9.x"),
         (lambda s: s.update({NAME: s[NAME].t()}), rf"{NAME} has shape \(320, 128\), expected \(128, 320\)"),
         (lambda s: s[NAME].__setitem__((3, 4), float("nan")), f"{NAME} holds NaN or infinity"),
         (lambda s: s[NAME].__setitem__((3, 4), float("inf")), f"{NAME} holds NaN or infinity"),
@@ -132,7 +133,7 @@ def test_broken_tensors_are_named(copy, change, message):
         ({"use_sliding_window": True, "layer_types": ["chunked"] * 4}, r"layer_types\[0\] is 'chunked'"),
         ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}, "sliding_window is None"),
         ({"lastrerank": {}}, "max_doc_length 2048 is more than a quarter of the context"),
-        ({"lastrerank": {"template": "x", "max_doc_length": 256, "max_query_length": 64}}, "lastrerank.template is 'x'"),
+        ({"lastrerank": {"template": "x", "max_doc_length": 256, "max_query_length": 64}}, "template is 'x'"),
     ],
 )
 def test_unsupported_configurations_are_refused(copy, changes, message):
@@ -203,7 +204,8 @@ def test_layer_types_are_read_not_derived():
 
 def test_shapes_are_the_published_ones():
     v3 = SHAPES["jina-reranker-v3"]
-    assert (v3["hidden_size"], v3["num_hidden_layers"], v3["intermediate_size"], v3["head_dim"]) == (1024, 28, 3072, 128)
+    sizes = [v3[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "head_dim")]
+    assert sizes == [1024, 28, 3072, 128]
     with pytest.raises(ValueError, match="shape is 'huge'"):
         write_random_checkpoint("/nowhere", "huge")
 

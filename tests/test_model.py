@@ -7,17 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from bench.baseline import TransformersReranker
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2Model
 
+from bench.baseline import TransformersReranker
 from lastrerank import Reranker, RerankRequest
 from lastrerank.model import ROW_CHUNK
 from lastrerank.packing import pack
 from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 
 WIDE = {"hidden_size": 1024, "num_hidden_layers": 2, "intermediate_size": 3072, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072, "projector": (512, 512)}  # fmt: skip
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072,
+        "projector": (512, 512)}  # fmt: skip
 
 
 def scores(results):

@@ -8,11 +8,11 @@ import random
 
 import numpy as np
 import pytest
-from bench.baseline import whole_prompt
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.baseline import whole_prompt
 from lastrerank.prompt import EMBED_TOKEN, GGUF, RERANK_TOKEN, TEMPLATES, TRANSFORMERS, PromptEncoder
 from lastrerank.random_checkpoint import CONTROL_TOKENS, qwen3_tokenizer, small_tokenizer
 
@@ -76,9 +76,10 @@ AWKWARD = st.one_of(
     st.text(max_size=30),
     st.text(alphabet="\n\r\t  　'\"<>|s1é\u0301", max_size=12),
     st.lists(
-        st.sampled_from(["\n", " ", "\r\n", "foo", "'s", "e\u0301", "한글", "ไทย", "🙂", "12", ">", "\u0338"]), max_size=8
+        st.sampled_from(["\n", " ", "\r\n", "foo", "'s", "e\u0301", "한글", "ไทย", "🙂", "12", ">", "\u0338"]),
+        max_size=8,
     ).map("".join),
-).filter(lambda text: not any(token in text for token in CONTROL_TOKENS + ("<|",)))
+).filter(lambda text: not any(token in text for token in (*CONTROL_TOKENS, "<|")))
 
 
 @settings(max_examples=300, deadline=None)

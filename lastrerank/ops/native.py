@@ -76,7 +76,7 @@ def _tables() -> list[Any]:
         raise RuntimeError(f"{path} is of version {library.lastrerank_version()}, expected {_VERSION}: reinstall")
     get = library.lastrerank_kernels
     get.argtypes, get.restype = [_I], ctypes.POINTER(_Kernels)
-    tables = []
+    tables: list[Any] = []
     while pointer := get(len(tables)):
         tables.append(pointer.contents)
     return tables

@@ -1,4 +1,4 @@
-"""From raw (query, document) pairs to training lists: hard negatives by BM25, optionally a teacher's opinion of them."""
+"""From raw (query, document) pairs to training lists: hard negatives by BM25, optionally a teacher's logits."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ class Trainer:
 
     def _accumulate(self) -> tuple[dict[str, float], int]:
         """Gradients of one step, summed over its lists; mean losses and tokens."""
-        config, sums, tokens = self.config, {}, 0
+        config, tokens = self.config, 0
+        sums: dict[str, list[float]] = {}
         t0, t1 = config.temperature
         t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
         weights = self.weights()
@@ -154,7 +155,7 @@ class Trainer:
         encoder = self.dual_encoder if dual else self.encoder
         query = encoder.cut([example.query], config.query_tokens)[0]
         block = encoder.encode_block(query, encoder.cut(example.documents, config.doc_tokens))
-        if dual:
+        if dual and block.early_query_row is not None:
             block = replace(block, doc_rows=np.append(block.early_query_row, block.doc_rows))
         batch = pack([block], self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):

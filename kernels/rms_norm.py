@@ -1,0 +1,90 @@
+"""RMSNorm, plain or with the residual add fused into it.
+
+    residual = residual + x                                    (in place, rounded to the residual's dtype)
+    out = residual / sqrt(mean(residual^2) + eps) * weight     (statistics in fp32, rounded once)
+
+x, residual, out `[T, D]`, rows contiguous with any row stride; weight `[D]`. One program takes a few whole rows, so a
+row's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of one program: enough 16-byte loads in flight for a row of 1024, few enough to stay in registers.
+_TILE = 4096
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    x_row_stride,
+    residual_row_stride,
+    out_row_stride,
+    num_rows,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    columns = tl.arange(0, BLOCK)  # [BLOCK]
+    mask = (rows < num_rows)[:, None] & (columns < width)[None, :]  # [ROWS, BLOCK]
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + columns[None, :], mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        target = residual_ptr + rows[:, None] * residual_row_stride + columns[None, :]
+        total = (x + tl.load(target, mask, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
+        tl.store(target, total, mask)
+        x = total.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / width + eps)  # [ROWS]
+    weight = tl.load(weight_ptr + columns, columns < width, other=0.0).to(tl.float32)  # [BLOCK]
+    normed = x * inverse[:, None] * weight[None, :]
+    tl.store(
+        out_ptr + rows[:, None] * out_row_stride + columns[None, :], normed.to(out_ptr.dtype.element_ty), mask
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight`: `[T, D] -> [T, D]`.
+
+    Raises:
+        ValueError: shapes don't fit, or rows are not contiguous.
+    """
+    return _launch(x, None, weight, eps)
+
+
+def add_rms_norm(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual += x` in place; returns (residual, its RMSNorm), all `[T, D]`.
+
+    Raises:
+        ValueError: shapes don't fit, or rows are not contiguous.
+    """
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}")
+    return residual, _launch(x, residual, weight, eps)
+
+
+def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.ndim != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}: expected [T, D] and [D]")
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
+        if tensor is not None and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}: its rows must be contiguous")
+    num_rows, width = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(width)
+    rows = max(1, _TILE // block)
+    _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+        x, x if residual is None else residual, weight, out,
+        x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        num_rows, width, eps, HAS_RESIDUAL=residual is not None, ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
