@@ -13,7 +13,7 @@ PACKS = [[1], [1, 1, 1], [2, 65, 1, 130, 64], [129, 1, 63]]
 
 
 def backends():
-    """(backend, device, dtype) that run on this machine."""
+    """(backend, device, dtype, instruction set) that run on this machine."""
     for name in ops.BACKENDS:
         for device in ("cpu", "cuda"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -25,12 +25,21 @@ def backends():
                     ops.select(name, torch.device(device), dtype)
                 except RuntimeError:
                     continue
-                yield pytest.param((name, device, dtype), id=f"{name}-{device}-{str(dtype)[6:]}")
+                sets = [None]
+                if name == "native":
+                    from lastrerank.ops.native import instruction_sets
+
+                    sets = instruction_sets()
+                for isa in sets:
+                    label = f"{name}-{isa or device}-{str(dtype)[6:]}"
+                    yield pytest.param((name, device, dtype, isa), id=label)
 
 
 @pytest.fixture(params=list(backends()))
-def backend(request):
-    name, device, dtype = request.param
+def backend(request, monkeypatch):
+    name, device, dtype, isa = request.param
+    if isa is not None:
+        monkeypatch.setenv("LASTRERANK_ISA", isa)
     return ops.select(name, torch.device(device), dtype)[1], torch.device(device), dtype
 
 

@@ -137,10 +137,23 @@ def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
     return ReferenceOperations()
 
 
+def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
+    if device.type != "cuda":
+        raise RuntimeError(f"it runs on a CUDA device, not on {device.type}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise RuntimeError(f"it computes in float32, bfloat16 and float16, not in {dtype}")
+    try:
+        from lastrerank.ops.triton import TritonOperations
+    except ImportError as error:
+        raise RuntimeError(f"Triton is not installed ({error})") from error
+    return TritonOperations()
+
+
 # In order of preference. A factory raises RuntimeError saying what is missing.
 BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
     "native": _native,
     "reference": _reference,
+    "triton": _triton,  # after the reference until it has been measured on a GPU
 }
 
 

@@ -1,0 +1,147 @@
+"""Causal grouped-query attention over packed sequences of any length, in the flash form: no `[T, T]` tensor.
+
+    out_i = sum_j softmax_j(scale q_i . k_j) v_j    over j <= i of i's sequence, with a window i - j < window
+
+q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride, heads contiguous; with `rows`, q is `[R, Hq, d]`: the queries at
+these rows only. A tile holds BLOCK_Q positions times all query heads of one KV head, so keys and values are read once
+for the group. Logits, softmax and accumulator in fp32 (exp2, with log2(e) folded into the scale), probabilities rounded
+to v's dtype. A program belongs to one sequence and its tiles depend on model constants only: neighbours can't change a
+result. Output may be written over q.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+# (BLOCK_M = positions * group, BLOCK_N = keys, warps, stages) by head width.
+_TILES = {64: (128, 64, 4, 3), 128: (128, 64, 8, 2)}
+
+
+@triton.jit
+def _tiles(
+    acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, begin, end, length, scale_log2, window,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Keys begin .. end - 1 (a whole number of tiles from begin) into the running softmax."""
+    columns = tl.arange(0, HEAD_DIM)  # [HEAD_DIM]
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        there = (keys < length)[:, None]
+        offset = keys.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + offset * k_row_stride + columns[None, :], there, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            visible = keys[None, :] <= positions[:, None]
+            if HAS_WINDOW:
+                visible = visible & (positions[:, None] - keys[None, :] < window)
+            logits = tl.where(visible, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, axis=1))  # [BLOCK_M], raw logits
+        # A row that has seen no key yet has -inf on both sides.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top) * scale_log2
+        p = tl.exp2(logits * scale_log2 - safe[:, None])  # [BLOCK_M, BLOCK_N]
+        shrink = tl.exp2(top * scale_log2 - safe)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + offset * v_row_stride + columns[None, :], there, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, row_bounds_ptr, rows_ptr,
+    q_row_stride, k_row_stride, v_row_stride, out_row_stride, scale_log2, window,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last positions see the most keys: heavy tiles first
+    kv_head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + sequence + 1) - start).to(tl.int32)
+    q_start = tl.load(row_bounds_ptr + sequence).to(tl.int64)
+    count = (tl.load(row_bounds_ptr + sequence + 1) - q_start).to(tl.int32)
+    if tile * BLOCK_Q < count:
+        m = tl.arange(0, BLOCK_M)  # [BLOCK_M]: position-major, the group's heads beside each other
+        row = tile * BLOCK_Q + m // GROUP
+        valid = (row < count) & (m // GROUP < BLOCK_Q)
+        q_row = q_start + row
+        positions = (tl.load(rows_ptr + q_row, valid, other=0) - start).to(tl.int32) if HAS_ROWS else row
+        highest = tl.max(tl.where(valid, positions, 0), axis=0)
+        lowest = tl.min(tl.where(valid, positions, length), axis=0)
+        columns = tl.arange(0, HEAD_DIM)
+        head = kv_head * GROUP + m % GROUP
+        inner = head[:, None] * HEAD_DIM + columns[None, :]
+        q = tl.load(q_ptr + q_row[:, None] * q_row_stride + inner, valid[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
+        k_ptr += start * k_row_stride + kv_head * HEAD_DIM
+        v_ptr += start * v_row_stride + kv_head * HEAD_DIM
+
+        acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        # Three ranges of whole tiles: the window's edge (masked), what every row sees, and the diagonal (masked).
+        edge = 0
+        begin = 0
+        if HAS_WINDOW:
+            begin = tl.maximum(0, lowest - window + 1) // BLOCK_N * BLOCK_N
+            edge = tl.minimum(tl.cdiv(tl.maximum(0, highest - window + 1), BLOCK_N) * BLOCK_N, highest + 1)
+        full = tl.maximum(edge, (lowest + 1) // BLOCK_N * BLOCK_N)
+        if HAS_WINDOW:
+            acc, top, total = _tiles(
+                acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, begin, edge, length,
+                scale_log2, window, HEAD_DIM, BLOCK_N, True, HAS_WINDOW,
+            )  # fmt: skip
+            # The edge range ends on a tile boundary unless it reached the diagonal's end.
+            edge = tl.cdiv(edge, BLOCK_N) * BLOCK_N
+            full = tl.maximum(edge, full)
+        acc, top, total = _tiles(
+            acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, edge, full, length,
+            scale_log2, window, HEAD_DIM, BLOCK_N, False, HAS_WINDOW,
+        )  # fmt: skip
+        acc, top, total = _tiles(
+            acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, full, highest + 1, length,
+            scale_log2, window, HEAD_DIM, BLOCK_N, True, HAS_WINDOW,
+        )  # fmt: skip
+        result = acc / total[:, None]
+        target = out_ptr + q_row[:, None] * out_row_stride + inner
+        tl.store(target, result.to(out_ptr.dtype.element_ty), valid[:, None])
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    seqlens: tuple[int, ...],
+    window: int | None,
+    scale: float,
+    rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `lastrerank.ops.Operations.attention`.
+
+    Raises:
+        ValueError: a head width or layout that the kernel doesn't serve.
+    """
+    head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
+    if head_dim not in _TILES:
+        raise ValueError(f"head_dim is {head_dim}, expected one of {list(_TILES)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
+            raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
+    if q.shape[1] % k.shape[1] or k.shape != v.shape:
+        raise ValueError(f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    block_m, block_n, warps, stages = _TILES[head_dim]
+    bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
+    most = max(seqlens) if rows is None else min(max(seqlens), len(rows))
+    grid = (triton.cdiv(most, block_m // group), k.shape[1], len(seqlens))
+    _attention_kernel[grid](
+        q, k, v, out, cu_seqlens, bounds, cu_seqlens if rows is None else rows,
+        q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * 1.4426950408889634, window or 0,
+        HEAD_DIM=head_dim, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, HAS_ROWS=rows is not None,
+        HAS_WINDOW=window is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out

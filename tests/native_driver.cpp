@@ -1,0 +1,170 @@
+// Every CPU kernel on odd shapes in exactly sized heap buffers, against literal loops, from several threads at once and
+// in a forked child. Built by test_native.py with the address, undefined-behaviour and thread sanitizers.
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+using lastrerank::Kernels;
+extern "C" const Kernels* lastrerank_kernels(int i);
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const char* what, const char* isa) {
+  if (!ok) {
+    std::fprintf(stderr, "%s: %s is wrong\n", isa, what);
+    __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
+  }
+}
+
+// Exactly n elements on the heap at an odd address multiple of 4, so that overruns and alignment faults show.
+struct Buffer {
+  explicit Buffer(long n) : storage(new float[n + 1]), data(storage.get() + 1), size(n) {}
+  std::unique_ptr<float[]> storage;
+  float* data;
+  long size;
+};
+
+Buffer random_buffer(std::mt19937& rng, long n) {
+  Buffer b(n);
+  std::normal_distribution<float> normal;
+  for (long i = 0; i < n; ++i) b.data[i] = normal(rng);
+  return b;
+}
+
+bool close(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1 + std::fabs(b)); }
+
+void linears(const Kernels& k, std::mt19937& rng, int threads) {
+  const long m = 1 + rng() % 150, n = 1 + rng() % 90, d = 1 + rng() % 600, pad = rng() % 5;
+  Buffer x = random_buffer(rng, m * (d + pad)), w = random_buffer(rng, n * d), bias = random_buffer(rng, n),
+         out(m * (n + pad)), back(n * d);
+  std::vector<float> packed(k.packed_f32_size(n, d));
+  k.pack_f32(w.data, false, n, d, packed.data());
+  k.unpack_f32(packed.data(), n, d, back.data);
+  bool same = true, right = true, right_i8 = true;
+  for (long i = 0; i < n * d; ++i) same &= back.data[i] == w.data[i];
+  k.linear_f32(threads, x.data, d + pad, m, d, packed.data(), n, bias.data, out.data, n + pad);
+  std::vector<double> truth(m * n);
+  for (long i = 0; i < m; ++i)
+    for (long j = 0; j < n; ++j) {
+      double s = bias.data[j];
+      for (long l = 0; l < d; ++l) s += double(x.data[i * (d + pad) + l]) * w.data[j * d + l];
+      truth[i * n + j] = s;
+      right &= close(out.data[i * (n + pad) + j], s, 1e-4);
+    }
+  std::vector<int8_t> packed8(k.packed_i8_size(n, d));
+  std::vector<float> scales(n);
+  std::vector<int32_t> sums(n);
+  k.pack_i8(w.data, false, n, d, packed8.data(), scales.data(), sums.data());
+  k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), n, bias.data, out.data,
+              n + pad);
+  for (long i = 0; i < m * n; ++i)
+    right_i8 &= std::fabs(out.data[i / n * (n + pad) + i % n] - truth[i]) < 0.12 * std::sqrt(double(d)) + 0.1;
+  expect(same, "unpack_f32", k.name);
+  expect(right, "linear_f32", k.name);
+  expect(right_i8, "linear_i8", k.name);
+}
+
+void rows(const Kernels& k, std::mt19937& rng, int threads) {
+  const long m = 1 + rng() % 70, d = 1 + rng() % 300;
+  Buffer residual = random_buffer(rng, m * d), x = random_buffer(rng, m * d), w = random_buffer(rng, d), out(m * d),
+         gate_up = random_buffer(rng, m * 2 * d);
+  std::vector<float> before(residual.data, residual.data + m * d);
+  k.add_rms_norm(threads, residual.data, d, x.data, d, w.data, 1e-6f, m, d, out.data, d);
+  bool norm = true, gate = true;
+  for (long i = 0; i < m; ++i) {
+    double s = 0;
+    for (long j = 0; j < d; ++j) s += std::pow(double(before[i * d + j]) + x.data[i * d + j], 2);
+    for (long j = 0; j < d; ++j)
+      norm &= close(out.data[i * d + j],
+                    (double(before[i * d + j]) + x.data[i * d + j]) / std::sqrt(s / d + 1e-6) * w.data[j], 1e-4);
+  }
+  k.swiglu(threads, gate_up.data, 2 * d, m, d, out.data, d);
+  for (long i = 0; i < m * d; ++i) {
+    const double g = gate_up.data[i / d * 2 * d + i % d];
+    gate &= close(out.data[i], g / (1 + std::exp(-g)) * gate_up.data[i / d * 2 * d + d + i % d], 1e-5);
+  }
+  expect(norm, "add_rms_norm", k.name);
+  expect(gate, "swiglu", k.name);
+}
+
+void attention(const Kernels& k, std::mt19937& rng, int threads) {
+  const long length = 1 + rng() % 200, kv_heads = 1 + rng() % 3, group = 1 + rng() % 3, heads = kv_heads * group,
+             dim = 2 * (1 + rng() % 20), window = rng() % 2 ? 0 : 1 + rng() % 100;
+  const long ld = (heads + 2 * kv_heads) * dim;
+  Buffer qkv = random_buffer(rng, length * ld), cos = random_buffer(rng, length * dim / 2),
+         sin = random_buffer(rng, length * dim / 2), weight = random_buffer(rng, dim);
+  std::vector<int64_t> positions(length);
+  for (long i = 0; i < length; ++i) positions[i] = i;
+  k.qk_norm_rope(threads, qkv.data, ld, length, heads, kv_heads, dim, weight.data, weight.data, cos.data, sin.data,
+                 positions.data(), 1e-6f);
+  std::vector<float> copy(qkv.data, qkv.data + length * ld);
+  const float *q = copy.data(), *keys = q + heads * dim, *values = keys + kv_heads * dim;
+  k.attention(threads, qkv.data, ld, length, nullptr, qkv.data + heads * dim, ld, qkv.data + (heads + kv_heads) * dim,
+              ld, length, heads, kv_heads, dim, window, 0.3f, qkv.data, ld);
+  bool right = true;
+  for (long i = 0; i < length; i += 7)
+    for (long h = 0; h < heads; ++h) {
+      const long first = window > 0 ? std::max<long>(0, i - window + 1) : 0;
+      std::vector<double> p;
+      double top = -1e300, total = 0;
+      for (long j = first; j <= i; ++j) {
+        double s = 0;
+        for (long c = 0; c < dim; ++c) s += double(q[i * ld + h * dim + c]) * keys[j * ld + h / group * dim + c];
+        p.push_back(s * 0.3f);
+        top = std::max(top, p.back());
+      }
+      for (double& s : p) total += s = std::exp(s - top);
+      for (long c = 0; c < dim; ++c) {
+        double s = 0;
+        for (long j = first; j <= i; ++j) s += p[j - first] / total * values[j * ld + h / group * dim + c];
+        right &= close(qkv.data[i * ld + h * dim + c], s, 1e-4);
+      }
+    }
+  expect(right, "attention", k.name);
+}
+
+void all(unsigned seed, int rounds, int threads) {
+  std::mt19937 rng(seed);
+  for (int isa = 0; const Kernels* k = lastrerank_kernels(isa); ++isa)
+    for (int round = 0; round < rounds; ++round) {
+      linears(*k, rng, threads);
+      rows(*k, rng, threads);
+      attention(*k, rng, threads);
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 5;
+  all(1, rounds, 3);
+  std::vector<std::thread> callers;
+  for (unsigned i = 0; i < 3; ++i) callers.emplace_back([=] { all(10 + i, rounds, 2); });
+  for (std::thread& caller : callers) caller.join();
+  const bool with_fork = argc > 2 && std::string(argv[2]) == "fork";  // the thread sanitizer doesn't follow forks
+  if (with_fork) {
+    const pid_t child = fork();
+    if (child == 0) {
+      all(99, rounds, 3);
+      _exit(failures ? 1 : 0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    expect(status == 0, "a forked child", "all");
+  }
+  std::printf("%d failures\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,203 @@
+"""The native backend beyond the operations' common tests: int8 exactly, threads, forks, sanitizers, absence."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lastrerank import Reranker, ops
+
+try:
+    from lastrerank.ops.native import NativeOperations, instruction_sets
+
+    ISAS = instruction_sets()
+except RuntimeError as reason:
+    pytest.skip(f"native backend: {reason}", allow_module_level=True)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("LASTRERANK_ISA", request.param)
+    return request.param
+
+
+def integer_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What int8 means: weights to 7 bits by output, activations to 8 bits by row, exact integer sums, in fp64."""
+    row_scale = x.abs().amax(1, keepdim=True) / 127
+    inverse = torch.where(row_scale > 0, 127 / x.abs().amax(1, keepdim=True), 0.0)
+    scaled = x * inverse
+    q = (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc()
+    column_scale = weight.abs().amax(1, keepdim=True) / 64
+    column_scale = torch.where(column_scale > 0, column_scale, 1.0)
+    w = (weight / column_scale).round()
+    return (q.double() @ w.double().T) * (row_scale.double() * column_scale.double().T)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 70), inner=st.integers(1, 700), outer=st.integers(1, 100), seed=st.integers(0, 2**20))
+def test_int8_equals_the_integer_reference(rows, inner, outer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(rows, inner, generator=generator), torch.randn(outer, inner, generator=generator)
+    x[0] = 0
+    out = NativeOperations(int8=True).prepare(weight).matmul(x, None, None)
+    expected = integer_reference(x, weight)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
+
+
+def test_int8_on_every_instruction_set(isa):
+    x, weight = torch.randn(33, 257), torch.randn(65, 257)
+    out = NativeOperations(int8=True).prepare(weight).matmul(x, None, None)
+    torch.testing.assert_close(out.double(), integer_reference(x, weight), rtol=2e-6, atol=1e-5)
+    # Extreme values: nothing saturates on the way.
+    x, weight = torch.full((5, 3072), -7.0), torch.full((9, 3072), 3.0)
+    x[:, ::2] = 7.0
+    out = NativeOperations(int8=True).prepare(weight).matmul(x.abs(), None, None)
+    torch.testing.assert_close(out, torch.full((5, 9), 21.0 * 3072), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_int8_does_not_hide_what_is_not_finite(isa, bad):
+    x = torch.randn(3, 64)
+    x[1, 40] = bad
+    out = NativeOperations(int8=True).prepare(torch.randn(8, 64)).matmul(x, None, None)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+def test_bf16_weights_are_read_directly(isa):
+    weight = torch.randn(40, 96).bfloat16()
+    x = torch.randn(7, 96)
+    for int8 in (False, True):
+        operations = NativeOperations(int8=int8)
+        direct, upcast = (operations.prepare(w).matmul(x, None, None) for w in (weight, weight.float()))
+        assert torch.equal(direct, upcast)
+    assert torch.equal(NativeOperations().prepare(weight).unpack(), weight.float())
+
+
+def test_rows_do_not_depend_on_their_neighbours(isa):
+    x, weight = torch.randn(300, 640), torch.randn(100, 640)
+    for int8 in (False, True):
+        packed = NativeOperations(int8=int8).prepare(weight)
+        whole = packed.matmul(x, None, None)
+        for rows in (slice(0, 1), slice(17, 42), slice(299, 300)):
+            assert torch.equal(packed.matmul(x[rows], None, None), whole[rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_do_not_change_results(small, threads):
+    reranker = Reranker.from_pretrained(small, backend="native")
+    documents = [f"document number {i} " * (i % 9) for i in range(40)]
+    before = torch.get_num_threads()
+    expected = [r["relevance_score"] for r in reranker.rerank("q", documents)]
+    try:
+        torch.set_num_threads(threads)
+        got: list[list[float]] = []
+        callers = [
+            threading.Thread(target=lambda: got.append([r["relevance_score"] for r in reranker.rerank("q", documents)]))
+            for _ in range(4)
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        torch.set_num_threads(before)
+    assert len(got) == 4
+    for scores in got:
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+
+
+def _linear_in_a_child(queue, packed, x):
+    queue.put(packed.matmul(x, None, None).sum().item())
+
+
+def test_usable_after_fork():
+    x, packed = torch.randn(400, 256), NativeOperations().prepare(torch.randn(300, 256))
+    expected = packed.matmul(x, None, None).sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_linear_in_a_child, args=(queue, packed, x))
+    child.start()
+    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-4)
+    child.join(timeout=60)
+
+
+def scores(reranker, documents):
+    return {r["index"]: r["relevance_score"] for r in reranker.rerank("Tabelle", documents)}
+
+
+def test_native_scores_are_the_references(tiny_windowed, documents):
+    truth, native = (
+        scores(Reranker.from_pretrained(tiny_windowed, backend=backend), documents[:40])
+        for backend in ("reference", "native")
+    )
+    assert max(abs(truth[i] - native[i]) for i in truth) <= 2e-5
+
+
+def test_int8_scores_differ_little(tiny, documents):
+    truth, int8 = (
+        scores(Reranker.from_pretrained(tiny, dtype=dtype), documents[:40]) for dtype in ("float32", "int8")
+    )
+    difference = max(abs(truth[i] - int8[i]) for i in truth)
+    assert 0 < difference < 0.1
+    with pytest.raises(ValueError, match="weights are quantised"):
+        Reranker.from_pretrained(tiny, dtype="int8").save_pretrained("/nowhere")
+
+
+def test_absence_is_explained(small, monkeypatch):
+    from lastrerank.ops import native
+
+    def missing():
+        raise RuntimeError("its library was not built: no working C++ compiler when lastrerank was installed")
+
+    monkeypatch.setattr(native, "_tables", missing)
+    assert Reranker.from_pretrained(small).backend == "reference"
+    with pytest.raises(RuntimeError, match="no working C\\+\\+ compiler"):
+        Reranker.from_pretrained(small, backend="native")
+    with pytest.raises(RuntimeError, match=r"no backend serves torch\.int8 on cpu: .*reference: it has no int8"):
+        Reranker.from_pretrained(small, dtype="int8")
+    reasons = ops.availability(torch.device("cpu"), torch.float32)
+    assert "compiler" in str(reasons["native"])
+
+
+def test_an_unknown_instruction_set_is_refused(small, monkeypatch):
+    monkeypatch.setenv("LASTRERANK_ISA", "sse9")
+    with pytest.raises(RuntimeError, match="LASTRERANK_ISA is 'sse9'"):
+        Reranker.from_pretrained(small, backend="native")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers(tmp_path, sanitizers):
+    """The driver with every kernel that runs here, under the sanitizers."""
+    flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wno-psabi",
+             f"-I{ROOT / 'csrc'}"]  # fmt: skip
+    sets = {"portable": [], "avx2": ["-mavx2", "-mfma"]} if "avx2" in ISAS else {"portable": []}
+    # Without LASTRERANK_X86 the table would hold the portable kernels only; with it, all four must link.
+    x86 = {"avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]} if "avx2" in ISAS else {}
+    x86 |= {"avx512vnni": [*x86["avx512"], "-mavx512vnni"]} if x86 else {}
+    objects = []
+    jobs = []
+    for name, isa_flags in (sets | x86).items():
+        objects.append(str(tmp_path / f"{name}.o"))
+        command = ["g++", *flags, *isa_flags, f"-DLASTRERANK_ISA={name}", "-c", str(ROOT / "csrc/kernels.cpp"), "-o",
+                   objects[-1]]  # fmt: skip
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        assert job.wait(timeout=300) == 0, job.stderr.read()
+    driver = str(tmp_path / "driver")
+    sources = [str(ROOT / path) for path in ("tests/native_driver.cpp", "csrc/api.cpp", "csrc/parallel.cpp")]
+    define = ["-DLASTRERANK_X86"] if x86 else []
+    subprocess.run(["g++", *flags, *define, *sources, *objects, "-o", driver, "-lpthread"], check=True, timeout=300)
+    mode = [] if sanitizers == "thread" else ["fork"]
+    done = subprocess.run([driver, "4", *mode], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "0 failures\n"
