@@ -15,7 +15,9 @@ lint: .venv/test
 	$(BIN)/mypy
 
 bench: .venv/test
-	$(BIN)/python -m bench.end_to_end
+	$(BIN)/python -m bench.end_to_end --runs 3 --providers transformers-sdpa-float32 lastrerank-reference-float32 \
+		lastrerank-native-float32 lastrerank-native-int8
+	$(BIN)/python -m bench.memory
 
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -116,17 +116,18 @@ def test_threads_do_not_change_results(small, threads):
 
 
 def _linear_in_a_child(queue, packed, x):
-    queue.put(packed.matmul(x, None, None).sum().item())
+    # Nothing else of PyTorch: its own thread pool does not survive a fork.
+    queue.put(packed.matmul(x, None, None)[-1, -1].item())
 
 
 def test_usable_after_fork():
     x, packed = torch.randn(400, 256), NativeOperations().prepare(torch.randn(300, 256))
-    expected = packed.matmul(x, None, None).sum().item()
+    expected = packed.matmul(x, None, None)[-1, -1].item()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_linear_in_a_child, args=(queue, packed, x))
     child.start()
-    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-4)
+    assert queue.get(timeout=60) == expected
     child.join(timeout=60)
 
 

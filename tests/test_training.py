@@ -70,10 +70,10 @@ def toy(tmp_path_factory):
     )
     rng = random.Random(0)
     words = ["expert", "passage", "relevance", "numerical", "identifier", "intent", "ranking", "question"]
-    documents = [f"{w} {rng.choice(words)}" for w in words for _ in range(4)]
+    documents = [f"{w} {rng.choice(words[1::2])}" for w in words for _ in range(4)]
     rows = [
         ListRow(words[i // 4], i, tuple(j for j in range(32) if j // 4 != i // 4 and rng.random() < 0.3), None, "all")
-        for i in range(32)
+        for i in range(0, 32, 8)
     ]
     return folder, documents, rows
 
@@ -81,7 +81,7 @@ def toy(tmp_path_factory):
 def trainer(toy, **changes) -> Trainer:
     folder, documents, rows = toy
     config = TrainingConfig(
-        **{"steps": 60, "lists_per_step": 4, "hard": 4, "easy": 0, "learning_rate": 1e-3, "temperature": (0.25, 0.1),
+        **{"steps": 320, "lists_per_step": 2, "hard": 4, "easy": 0, "learning_rate": 1e-3, "temperature": (0.1, 0.1),
            "similar": 0.0, "dual": 0.0, "disperse": 0.1} | changes
     )  # fmt: skip
     return Trainer(open_checkpoint(folder / "start"), TrainingData(documents, rows), config)
@@ -92,7 +92,7 @@ def test_overfits_toy_lists_to_a_good_ranking(toy, tmp_path):
     training, log = trainer(toy), io.StringIO()
     training.train(log)
     losses = [json.loads(line)["rank"] for line in log.getvalue().splitlines()]
-    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5])
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:5]), losses
     training.save_checkpoint(tmp_path / "trained")
     _, documents, rows = toy
     reranker = Reranker.from_pretrained(tmp_path / "trained")
