@@ -43,10 +43,10 @@ class Checkpoint:
     def weights(
         self, device: torch.device, dtype: torch.dtype, prepare: Callable[[torch.Tensor], Weight] | None = None
     ) -> ModelWeights:
-        """All weights on `device` in `dtype`, q, k, v and gate, up packed.
+        """All weights on `device` in `dtype`, q, k, v and gate, up packed; the embedding table as stored, on a CPU
+        memory-mapped.
 
-        With `prepare` (`Operations.prepare`), it gets each linear weight as stored, one at a time, and decides what is
-        kept; the embedding table stays as stored too, memory-mapped on a CPU.
+        prepare: `Operations.prepare`; gets each linear weight as stored, one at a time, and decides what is kept.
 
         Raises:
             ValueError: a file is damaged, or tensors are missing, unknown, misshapen or not finite.
@@ -268,7 +268,8 @@ def _load(
         return stored_tensor(*names).to(dtype)
 
     def linear(weight: torch.Tensor) -> Weight:
-        return weight.to(dtype) if prepare is None else prepare(weight)
+        kept = weight if prepare is None else prepare(weight)
+        return kept.to(dtype) if isinstance(kept, torch.Tensor) else kept
 
     def qkv(index: int) -> torch.Tensor:
         return stored_tensor(*(f"model.layers.{index}.self_attn.{x}_proj.weight" for x in "qkv"))
@@ -289,10 +290,9 @@ def _load(
             down=linear(stored_tensor(f"{prefix}mlp.down_proj.weight")),
         )
 
-    embedding = stored_tensor("model.embed_tokens.weight")
     final = qkv(last)
     return ModelWeights(
-        embedding=embedding.to(dtype) if prepare is None or device.type != "cpu" else embedding,
+        embedding=stored_tensor("model.embed_tokens.weight"),
         layers=tuple(layer_weights(index) for index in range(config.num_layers)),
         last=LastLayerProjections(q=linear(final[:q_size]), kv=linear(final[q_size:])),
         norm=read("model.norm.weight"),

@@ -47,7 +47,8 @@ class LastLayerProjections:
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """embedding `[V, D]`, layers, last layer's split projection, final norm `[D]`, projector `[P1, D]`, `[P, P1]`."""
+    """embedding `[V, D]` in any dtype, layers, the last layer's split projection, final norm `[D]` (in the dtype of the
+    residual), projector `[P1, D]` and `[P, P1]`."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -73,7 +74,7 @@ class Model:
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         cos, sin = self._rope_table(batch.max_seqlen, batch.ids.device)
 
-        residual = ops.embed(batch.ids, self.weights.embedding)
+        residual = ops.embed(batch.ids, self.weights.embedding).to(self.weights.norm.dtype)
         qkv = self._by_rows(self._first_projection, residual)
         for index in range(len(layers) - 1):
             layer = layers[index]
@@ -98,12 +99,11 @@ class Model:
         normed = ops.rms_norm(residual, layer.input_norm, config.rms_norm_eps)
         q_bias = None if layer.qkv_bias is None else layer.qkv_bias[:q_size]
         q = ops.linear(normed, self.weights.last.q, q_bias)
-        rope = (cos, sin)
         q = ops.qk_norm_rope(
-            q, layer.q_norm, None, *rope, batch.positions[rows], config.num_heads, 0, config.rms_norm_eps
+            q, layer.q_norm, None, cos, sin, batch.positions[rows], config.num_heads, 0, config.rms_norm_eps
         )
         kv = ops.qk_norm_rope(
-            qkv, None, layer.k_norm, *rope, batch.positions, 0, config.num_kv_heads, config.rms_norm_eps
+            qkv, None, layer.k_norm, cos, sin, batch.positions, 0, config.num_kv_heads, config.rms_norm_eps
         )
         k, v = (x.unflatten(1, (-1, config.head_dim)) for x in kv.split([kv_size, kv_size], dim=1))
         attended = ops.attention(

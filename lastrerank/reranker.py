@@ -122,7 +122,7 @@ class Reranker:
         encoder = PromptEncoder(source.tokenizer, template)
         name, operations = ops.select(backend, target, DTYPES[dtype])
         compute_dtype = torch.float32 if dtype == "int8" else DTYPES[dtype]
-        weights = source.weights(target, compute_dtype, operations.prepare if name == "native" else None)
+        weights = source.weights(target, compute_dtype, operations.prepare)
         return cls(
             source, Model(source.config, weights, operations), encoder,
             device=target, backend=name, dtype=dtype, deterministic=deterministic,
@@ -227,6 +227,7 @@ class Reranker:
         """
         raw = {**self.checkpoint.raw_config, "dtype": self.dtype, "torch_dtype": self.dtype}
         state = checkpoints.state_dict(self.config, self.model.weights)
+        state = {name: tensor.to(DTYPES[self.dtype]) for name, tensor in state.items()}
         checkpoints.save(folder, raw, self.checkpoint.tokenizer, self.config.max_context, state)
 
     # What an engine calls

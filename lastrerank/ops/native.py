@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lastrerank.ops import Weight
 from lastrerank.ops.reference import ReferenceOperations
@@ -103,9 +102,6 @@ class NativeOperations(ReferenceOperations):
     def prepare(self, weight: torch.Tensor) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
         return Int8Weight(weight, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
-
-    def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, table).float()
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         out = torch.empty(x.shape)

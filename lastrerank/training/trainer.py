@@ -68,7 +68,7 @@ class Trainer:
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
         state = checkpoints.state_dict(checkpoint.config, loaded)
-        self.parameters = {name: t.detach().clone().requires_grad_() for name, t in state.items()}
+        self.parameters = {name: t.detach().float().clone().requires_grad_() for name, t in state.items()}
         template = TEMPLATES[checkpoint.config.template]
         self.encoder = PromptEncoder(checkpoint.tokenizer, template)
         self.dual_encoder = PromptEncoder(checkpoint.tokenizer, GGUF)
