@@ -13,7 +13,7 @@ import torch
 from lastrerank import Reranker, __version__, ops
 from lastrerank.reranker import resolve_device
 
-# jina-reranker-v3.5 in fp32 through its Transformers package; model card of the project's specification.
+# jina-reranker-v3.5 in fp32 through its published Transformers package.
 GOLDEN_QUERY = "What is the capital city of France?"
 GOLDEN_DOCUMENTS = (
     "Paris is the capital and most populous city of France.",
