@@ -273,20 +273,23 @@ constexpr TileI8 tile_i8_of(int rows, std::integer_sequence<int, R...>) {
 
 // One row to unsigned 8 bits around 128; returns the scale.
 inline float quantize_row(const float* x, long k, uint8_t* q) {
-  Vec top{};
+  // A row that is not finite must not turn into numbers: x * 0 is then NaN, and so become its scale and its outputs.
+  Vec top{}, zeros{};
   long i = 0;
   for (; i + kLanes <= k; i += kLanes) {
     const Vec v = load(x + i);
+    zeros += v * 0.0f;
     const Vec magnitude = v < 0.0f ? -v : v;
     top = magnitude > top ? magnitude : top;
   }
   float largest = 0;
   for (int j = 0; j < kLanes; ++j) largest = std::max(largest, top[j]);
-  for (; i < k; ++i) largest = std::max(largest, std::fabs(x[i]));
-  // A row that is not finite must not turn into numbers: its scale, and so its outputs, become NaN.
-  float check = 0;
-  for (long j = 0; j < k; ++j) check += x[j] * 0.0f;
-  if (check != 0.0f || std::isinf(largest)) {
+  float zero = sum(zeros);
+  for (; i < k; ++i) {
+    largest = std::max(largest, std::fabs(x[i]));
+    zero += x[i] * 0.0f;
+  }
+  if (zero != 0.0f) {
     std::memset(q, 128, ceil_div(k, 4) * 4);
     return NAN;
   }

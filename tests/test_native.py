@@ -82,6 +82,12 @@ def test_bf16_weights_are_read_directly(isa):
     assert torch.equal(NativeOperations().prepare(weight).unpack(), weight.float())
 
 
+def test_a_wrong_width_is_named():
+    for int8 in (False, True):
+        with pytest.raises(ValueError, match=r"x has shape \(3, 65\), the weight takes \[T, 64\]"):
+            NativeOperations(int8=int8).prepare(torch.randn(8, 64)).matmul(torch.randn(3, 65), None, None)
+
+
 def test_rows_do_not_depend_on_their_neighbours(isa):
     x, weight = torch.randn(300, 640), torch.randn(100, 640)
     for int8 in (False, True):

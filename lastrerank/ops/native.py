@@ -104,22 +104,22 @@ class NativeOperations(ReferenceOperations):
         return Int8Weight(weight, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty(x.shape)
-        self.kernels.add_rms_norm(
-            torch.get_num_threads(), _pointer(x), x.stride(0), None, 0, _pointer(weight), eps, *x.shape,
-            _pointer(out), out.stride(0),
-        )  # fmt: skip
-        return out
+        return self._add_rms_norm(x, None, weight, eps)
 
     def add_rms_norm(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out = torch.empty(x.shape)
+        return residual, self._add_rms_norm(residual, x, weight, eps)
+
+    def _add_rms_norm(
+        self, residual: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        out = torch.empty(residual.shape)
         self.kernels.add_rms_norm(
-            torch.get_num_threads(), _pointer(residual), residual.stride(0), _pointer(x), x.stride(0),
-            _pointer(weight), eps, *x.shape, _pointer(out), out.stride(0),
+            torch.get_num_threads(), _pointer(residual), residual.stride(0), _pointer(x),
+            0 if x is None else x.stride(0), _pointer(weight), eps, *residual.shape, _pointer(out), out.stride(0),
         )  # fmt: skip
-        return residual, out
+        return out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -189,6 +189,7 @@ class PackedWeight:
         kernels.pack_f32(source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, self._packed.data_ptr())
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        _check_width(x, self.in_features)
         out = torch.empty(len(x), self.out_features) if out is None else out
         self._kernels.linear_f32(
             torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed), self.out_features,
@@ -217,6 +218,7 @@ class Int8Weight:
         )  # fmt: skip
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        _check_width(x, self.in_features)
         out = torch.empty(len(x), self.out_features) if out is None else out
         self._kernels.linear_i8(
             torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
@@ -227,6 +229,11 @@ class Int8Weight:
 
     def unpack(self) -> torch.Tensor:
         raise ValueError("this model's weights are quantised; save from the checkpoint they were made from")
+
+
+def _check_width(x: torch.Tensor, in_features: int) -> None:
+    if x.ndim != 2 or x.shape[1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes [T, {in_features}]")
 
 
 def _pointer(x: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:

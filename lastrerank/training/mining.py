@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lastrerank.evaluation.first_stage import Bm25
 from lastrerank.progress import Progress
@@ -79,35 +73,3 @@ def mine_lists(
                     row["teacher"] = [round(float(x), 3) for x in logits]
                 rows.append(row)
     return rows
-
-
-def read_pairs(folder: str | Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """`documents.jsonl.gz` (`id` = position, `text`) and `pairs.jsonl.gz` (`query`, `positive`, `lang`, `source`)."""
-    with gzip.open(Path(folder) / "documents.jsonl.gz", "rt", encoding="utf-8") as lines:
-        documents = [json.loads(line)["text"] for line in lines]
-    with gzip.open(Path(folder) / "pairs.jsonl.gz", "rt", encoding="utf-8") as lines:
-        pairs = [json.loads(line) for line in lines]
-    return documents, pairs
-
-
-def sample_pairs(pairs: Sequence[dict[str, Any]], limits: dict[str, int], seed: int = 0) -> list[Pair]:
-    """At most `limits[source]` pairs of each source and language; the pool is source family and document language."""
-    rng = random.Random(seed)
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for pair in pairs:
-        groups[pair["source"], pair["lang"]].append(pair)
-    chosen = []
-    for (source, lang), members in groups.items():
-        rng.shuffle(members)
-        pool = f"{source}/{lang}"
-        chosen += [Pair(p["query"], p["positive"], pool) for p in members[: limits.get(source, 0)]]
-    return chosen
-
-
-def token_vectors(texts: Sequence[str], encode: Callable[[list[str]], np.ndarray], size: int) -> np.ndarray:
-    """Vectors `[len(texts), size]` of mean zero and unit RMS: principal components of what `encode` returns."""
-    vectors = np.concatenate([encode(list(texts[i : i + 256])) for i in range(0, len(texts), 256)]).astype(np.float32)
-    vectors -= vectors.mean(0)
-    _, directions = np.linalg.eigh(vectors.T @ vectors)
-    vectors = vectors @ directions[:, ::-1][:, :size]
-    return vectors / np.sqrt((vectors**2).mean(1, keepdims=True) + 1e-8)

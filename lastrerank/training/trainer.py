@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO
@@ -88,18 +87,11 @@ class Trainer:
         )
         self.step = 0
 
-    def train(
-        self,
-        log: IO[str],
-        *,
-        on_step: Callable[[int], None] | None = None,
-        until: int | None = None,
-        deadline: float | None = None,
-    ) -> None:
-        """Train to the end of the recipe (or step `until`, or `time.monotonic()` = deadline). A JSON line a step."""
+    def train(self, log: IO[str], *, until: int | None = None) -> None:
+        """Train to the end of the recipe, or to step `until`. Writes a JSON line a step."""
         config = self.config
         last = config.steps if until is None else min(until, config.steps)
-        while self.step < last and (deadline is None or time.monotonic() < deadline):
+        while self.step < last:
             started = time.perf_counter()
             rate = _schedule(self.step, config)
             for group in self.optimizer.param_groups:
@@ -115,8 +107,6 @@ class Trainer:
             record = {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
             log.write(json.dumps(record | {"tokens_per_s": tokens / seconds}) + "\n")
             log.flush()
-            if on_step is not None:
-                on_step(self.step)
 
     def _accumulate(self) -> tuple[dict[str, float], int]:
         """Gradients of one step, summed over its lists; mean losses and tokens."""
