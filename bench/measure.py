@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.metadata
 import json
 import os
 import platform
@@ -38,6 +40,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        facts["triton"] = importlib.metadata.version("triton")
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts

@@ -15,8 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-# (BLOCK_M = positions * group, BLOCK_N = keys, warps, stages) by head width.
-_TILES = {64: (128, 64, 4, 3), 128: (128, 64, 8, 2)}
+# (BLOCK_M = positions * group, BLOCK_N = keys, warps, stages), each the largest that spills nothing on its chip by
+# `python -m bench.compile_kernels`. Hopper and data-centre Blackwell have matrix units fed from shared memory; elsewhere
+# operands live in registers, so key tiles are half as tall. fp32 has no exact matrix unit anywhere.
+_HEAD_DIMS = (64, 128)
+_FP32_TILE = (32, 32, 8, 1)
+_TILES = {"sm_90": (128, 64, 8, 3), "sm_100": (128, 64, 8, 2), "hip": (128, 64, 8, 2), "other": (128, 32, 8, 3)}
 
 
 @triton.jit
@@ -26,11 +30,12 @@ def _tiles(
 ):  # fmt: skip
     """Keys begin .. end - 1 (a whole number of tiles from begin) into the running softmax."""
     columns = tl.arange(0, HEAD_DIM)  # [HEAD_DIM]
+    row = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k_tile = k_ptr + row.to(tl.int64)[:, None] * k_row_stride + columns[None, :]  # [BLOCK_N, HEAD_DIM]
+    v_tile = v_ptr + row.to(tl.int64)[:, None] * v_row_stride + columns[None, :]
     for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        there = (keys < length)[:, None]
-        offset = keys.to(tl.int64)[:, None]
-        k = tl.load(k_ptr + offset * k_row_stride + columns[None, :], there, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        keys = start + row
+        k = tl.load(k_tile + tl.cast(start, tl.int64) * k_row_stride, (keys < length)[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             visible = keys[None, :] <= positions[:, None]
@@ -43,7 +48,7 @@ def _tiles(
         p = tl.exp2(logits * scale_log2 - safe[:, None])  # [BLOCK_M, BLOCK_N]
         shrink = tl.exp2(top * scale_log2 - safe)
         total = total * shrink + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + offset * v_row_stride + columns[None, :], there, other=0.0)  # [BLOCK_N, HEAD_DIM]
+        v = tl.load(v_tile + tl.cast(start, tl.int64) * v_row_stride, (keys < length)[:, None], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
         top = new_top
     return acc, top, total
@@ -109,6 +114,17 @@ def _attention_kernel(
         tl.store(target, result.to(out_ptr.dtype.element_ty), valid[:, None])
 
 
+def _tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The tile for this process's GPU: by chip and dtype only, so that a result never depends on its company."""
+    if dtype == torch.float32:
+        return _FP32_TILE
+    if triton.knobs.runtime.interpret:
+        return _TILES["other"]
+    target = triton.runtime.driver.active.get_current_target()
+    chip = "hip" if target.backend == "hip" else f"sm_{target.arch}"
+    return _TILES.get(chip, _TILES["other"])
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -126,15 +142,15 @@ def attention(
         ValueError: a head width or layout that the kernel doesn't serve.
     """
     head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
-    if head_dim not in _TILES:
-        raise ValueError(f"head_dim is {head_dim}, expected one of {list(_TILES)}")
+    if head_dim not in _HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, expected one of {_HEAD_DIMS}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
     if q.shape[1] % k.shape[1] or k.shape != v.shape:
         raise ValueError(f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    block_m, block_n, warps, stages = _TILES[head_dim]
+    block_m, block_n, warps, stages = _tile(q.dtype)
     bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
     most = max(seqlens) if rows is None else min(max(seqlens), len(rows))
     grid = (triton.cdiv(most, block_m // group), k.shape[1], len(seqlens))

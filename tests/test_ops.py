@@ -198,7 +198,8 @@ def test_score(backend, documents, requests, width, p1, p):
     # Plain PyTorch casts to fp32 before the cosine, as the specification says.
     plain = truth.score(hidden.float(), *maps, *(w.float() for w in weights), 1e-6)
     results = backend[0].score(hidden, *maps, *weights, 1e-6)
-    for out, exact, reference, scale in zip(results, expected, plain, (None, None, 1.0), strict=True):
+    terms = truth.projection_terms(hidden.double(), *truth.upcast(*weights), 1e-6)
+    for out, exact, reference, scale in zip(results, expected, plain, (terms, terms, 1.0), strict=True):
         assert out.dtype == torch.float32
         truth.assert_error_rule(out, exact, reference, scale)
 

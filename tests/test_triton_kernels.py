@@ -134,6 +134,42 @@ else:
         together = operations.attention(q, k, v, cu, (70, 130, 5), None, 0.125)
         assert torch.equal(together[70:200], alone)
 
+    def far_rows(rows, width):
+        """fp16 rows so far apart that the last begin past element 2^31; only their pages are ever touched."""
+        stride = (2**31 // (rows - 2)) // 16 * 16 + 64
+        whole = torch.empty(stride * rows, dtype=torch.float16, device=DEVICE)
+        view = whole.as_strided((rows, width), (stride, 1))
+        assert (rows - 1) * stride > 2**31
+        view.copy_(randn(torch.float16, rows, width))
+        return view
+
+    def test_offsets_past_2_to_the_31():
+        rows, eps = 6, 1e-6
+        x, weight = far_rows(rows, 64), randn(torch.float16, 64)
+        assert torch.equal(operations.rms_norm(x, weight, eps), operations.rms_norm(x.contiguous(), weight, eps))
+        residual, near = far_rows(rows, 64), randn(torch.float16, rows, 64)
+        expected = operations.add_rms_norm(residual.clone().contiguous(), near, weight, eps)[1]
+        assert torch.equal(operations.add_rms_norm(residual, near, weight, eps)[1], expected)
+        assert torch.equal(operations.swiglu(x), operations.swiglu(x.contiguous()))
+        qkv = far_rows(rows, 4 * 64)
+        views, cu = [part.unflatten(1, (-1, 64)) for part in qkv.split([128, 64, 64], 1)], torch.tensor([0, 2, 6])
+        cu = cu.to(DEVICE, torch.int32)
+        near = [view.contiguous() for view in views]
+        for window in (None, 2):
+            expected = operations.attention(*near, cu, (2, 4), window, 0.125)
+            assert torch.equal(operations.attention(*views, cu, (2, 4), window, 0.125), expected)
+        table, positions = torch.rand(rows, 32, device=DEVICE), torch.arange(rows, device=DEVICE)
+        arguments = (weight, weight, table, table, positions, 2, 1, eps)
+        expected = operations.qk_norm_rope(qkv.clone(memory_format=torch.contiguous_format), *arguments)
+        assert torch.equal(operations.qk_norm_rope(qkv, *arguments), expected)
+        maps = [torch.tensor(x, device=DEVICE) for x in ([0, 1, 4], [2, 5], [0, 0, 1], [0, 1])]
+        projector = (weight, randn(torch.float16, 32, 64), randn(torch.float16, 16, 32))
+        for out, expected in zip(
+            operations.score(x, *maps, *projector, eps), operations.score(x.contiguous(), *maps, *projector, eps),
+            strict=True,
+        ):  # fmt: skip
+            assert torch.equal(out, expected)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
         ("documents", "requests"), [([1], [0]), ([20, 20, 5], [0, 0, 0]), ([2, 1, 5, 1], [0, 1, 1, 2])], ids=str
@@ -150,7 +186,8 @@ else:
         expected = truth.score(hidden.double(), *maps, *truth.upcast(*weights), 1e-6)
         plain = truth.score(hidden.float(), *maps, *(w.float() for w in weights), 1e-6)
         results = operations.score(hidden, *maps, *weights, 1e-6)
-        for out, exact, reference, scale in zip(results, expected, plain, (None, None, 1.0), strict=True):
+        terms = truth.projection_terms(hidden.double(), *truth.upcast(*weights), 1e-6)
+        for out, exact, reference, scale in zip(results, expected, plain, (terms, terms, 1.0), strict=True):
             truth.assert_error_rule(out, exact, reference, scale)
 
     @pytest.mark.parametrize("shape", ["tiny", "tiny-v3.5"])

@@ -64,6 +64,11 @@ def score(hidden, doc_rows, query_rows, doc_sequence, sequence_request, norm_wei
     return docs, queries, scores
 
 
+def projection_terms(hidden, norm_weight, w1, w2, eps):
+    """Largest sum of magnitudes in the projector's second product: what its rounding is relative to."""
+    return float((torch.relu(rms_norm(hidden, norm_weight, eps) @ w1.T) @ w2.abs().T).max())
+
+
 def upcast(*values):
     """Floating-point tensors to fp64, everything else as it is."""
     return [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]

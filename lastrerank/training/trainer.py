@@ -43,6 +43,7 @@ class TrainingConfig:
     warmup: float = 0.05
     weight_decay: float = 0.05
     temperature: tuple[float, float] = (0.25, 0.1)
+    rank: float = 1.0
     disperse: float = 0.45
     dual: float = 0.85
     similar: float = 0.85
@@ -130,8 +131,8 @@ class Trainer:
             example = self.data.draw(config.seed, number, hard, easy, augment=similar)
             losses, count = self._losses(model, example, dual, t)
             tokens += count
-            scale = {"rank": 1.0, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
-                     "distill": config.distill, "embedding": config.embedding}
+            scale = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual,
+                     "similar": config.similar, "distill": config.distill, "embedding": config.embedding}
             for name, loss in losses.items():
                 total = total + scale[name] * loss
                 sums.setdefault(name, []).append(float(loss.detach()))
