@@ -106,7 +106,7 @@ def launches() -> dict[str, Callable[[], Any]]:
         cu = torch.tensor([0, 100, rows], dtype=torch.int32)
         where = torch.tensor([99, rows - 1]) if read else None
         q = q[where].contiguous() if where is not None else q
-        return lambda: attention.attention(q, k, v, cu, (100, rows - 100), window, dim**-0.5, rows=where)
+        return lambda: attention.attention(q, k, v, cu, rows - 100, window, dim**-0.5, rows=where)
 
     def readout() -> None:
         maps = (torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([0, 0]), torch.tensor([0]))

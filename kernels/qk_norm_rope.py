@@ -82,8 +82,8 @@ def qk_norm_rope(
     num_heads: int,
     num_kv_heads: int,
     eps: float,
-) -> torch.Tensor:
-    """Norm and rotate in place; returns qkv. Either count may be 0, weights may be None.
+) -> None:
+    """Norm and rotate in place. Either count may be 0, weights may be None.
 
     Raises:
         ValueError: shapes don't fit, or rows are not contiguous.
@@ -105,4 +105,3 @@ def qk_norm_rope(
         qkv.stride(0), num_heads, num_kv_heads, eps, HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2),
         HEADS=_HEADS, NORM_Q=q_weight is not None, NORM_K=k_weight is not None, num_warps=4,
     )  # fmt: skip
-    return qkv

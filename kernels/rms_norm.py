@@ -59,17 +59,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _launch(x, None, weight, eps)
 
 
-def add_rms_norm(
-    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual += x` in place; returns (residual, its RMSNorm), all `[T, D]`.
+def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`residual += x` in place; returns its RMSNorm, all `[T, D]`.
 
     Raises:
         ValueError: shapes don't fit, or rows are not contiguous.
     """
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}")
-    return residual, _launch(x, residual, weight, eps)
+    return _launch(x, residual, weight, eps)
 
 
 def _launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:

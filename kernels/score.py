@@ -109,8 +109,8 @@ def score(
     w1: torch.Tensor,
     w2: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `lastrerank.ops.Operations.score`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `lastrerank.ops.Operations.score`; returns vectors `[N + S, P]`, documents first, and scores `[N]`.
 
     Raises:
         ValueError: shapes don't fit, or weights are not contiguous.
@@ -139,4 +139,4 @@ def score(
         docs, queries, doc_sequence, sequence_request, scores, len(docs), len(queries), docs.shape[1],
         DOCUMENTS=_DOCUMENTS, BLOCK=triton.next_power_of_2(docs.shape[1]), num_warps=4,
     )  # fmt: skip
-    return docs, queries, scores
+    return vectors, scores

@@ -190,24 +190,82 @@ else:
         for out, exact, reference, scale in zip(results, expected, plain, (terms, terms, 1.0), strict=True):
             truth.assert_error_rule(out, exact, reference, scale)
 
-    @pytest.mark.parametrize("shape", ["tiny", "tiny-v3.5"])
-    def test_whole_model(shape, tmp_path):
-        """The reference's scores, fp32, through every kernel."""
+    def model_of(tmp_path, shape, dtype=torch.float32):
         from lastrerank import Reranker
         from lastrerank.model import Model
         from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 
-        overrides = {"num_hidden_layers": 2} | ({"sliding_window": 100, "layer_types": None} if "3.5" in shape else {})
-        overrides = {k: v for k, v in overrides.items() if v is not None}
+        overrides = {"num_hidden_layers": 2} | ({"sliding_window": 100} if "3.5" in shape else {})
         write_random_checkpoint(tmp_path, shape, tokenizer=small_tokenizer(), overrides=overrides)
-        reference = Reranker.from_pretrained(tmp_path, device=DEVICE, dtype="float32", backend="reference")
-        fast = Reranker.from_pretrained(tmp_path, device=DEVICE, dtype="float32", backend="reference")
-        fast.model = Model(fast.config, fast.model.weights, operations)
+        reranker = Reranker.from_pretrained(tmp_path, device=DEVICE, dtype="float32", backend="reference")
+        return reranker, Model(reranker.config, reranker.model.weights, operations)
+
+    def batch_of(reranker, *documents):
+        from lastrerank import RerankRequest
+        from lastrerank.packing import pack
+
+        encoded = [reranker.encode(RerankRequest("a query", list(texts))) for texts in documents]
+        return pack([block for request in encoded for block in request.blocks], torch.device(DEVICE))
+
+    @pytest.mark.parametrize("shape", ["tiny", "tiny-v3.5"])
+    def test_whole_model(shape, tmp_path):
+        """The reference's scores, fp32, through every kernel."""
+        reference, fast = (model_of(tmp_path, shape)[0] for _ in range(2))
+        fast.model = model_of(tmp_path, shape)[1]
         arguments = ("a query", ["a document", "another one of some length " * 4, "short", "x y z"])
         a, b = (
             {r["index"]: r["relevance_score"] for r in x.rerank(*arguments, block_size=3)} for x in (reference, fast)
         )
         assert max(abs(a[i] - b[i]) for i in a) <= 2e-5
+
+    def test_registered_operations():
+        """PyTorch's own checks: schemas, what is written and what aliases, fakes, traced as run."""
+        check = torch.library.opcheck
+        registered = torch.ops.lastrerank
+        x, weight = randn(torch.float32, 5, 64), randn(torch.float32, 64)
+        with torch.inference_mode(False):
+            x, weight = x.clone(), weight.clone()
+            check(registered.rms_norm.default, (x, weight, 1e-6))
+            check(registered.add_rms_norm_.default, (x.clone(), x, weight, 1e-6))
+            check(registered.swiglu.default, (x,))
+            qkv, table, positions = torch.randn(5, 256).to(DEVICE), torch.rand(5, 32).to(DEVICE), torch.arange(5)
+            check(registered.qk_norm_rope_.default,
+                  (qkv, weight, None, table, table, positions.to(DEVICE), 2, 1, 1e-6))
+            q, k, v = (part.unflatten(1, (-1, 64)).contiguous() for part in qkv.split([128, 64, 64], 1))
+            cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
+            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None))
+            check(registered.attention.default, (q[:2], k, v, cu, 3, 2, 0.125, torch.tensor([1, 3]).to(DEVICE)))
+            check(registered.attention_.default, (q, k, v, cu, 3, 2, 0.125))
+            maps = [torch.tensor(m, device=DEVICE) for m in ([0, 1, 3], [2, 4], [0, 0, 1], [0, 0])]
+            projector = (weight, torch.randn(32, 64).to(DEVICE), torch.randn(16, 32).to(DEVICE))
+            check(registered.score.default, (x, *maps, *projector, 1e-6))
+
+    @pytest.mark.parametrize("shape", ["tiny", "tiny-v3.5"])
+    def test_the_forward_compiles_as_one_graph(shape, tmp_path):
+        reranker, model = model_of(tmp_path, shape)
+        batch = batch_of(reranker, ["a document", "one more"], ["something else " * 20])
+        expected = model.hidden_states(batch)
+        compiled = torch.compile(model.hidden_states, fullgraph=True, backend="aot_eager")
+        assert (compiled(batch) - expected).abs().max() <= 2e-5 * expected.abs().max()
+        other = batch_of(reranker, ["another length of text"])
+        expected = model.hidden_states(other)
+        assert (compiled(other) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+    @pytest.mark.parametrize("window", [None, 1, 3, 100])
+    def test_flops_are_counted(window):
+        """Against the count of visible pairs in the literal mask."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        (q, k, v), cu = packed(torch.float32, [5, 1, 9], 4, 2, 64)
+        visible = sum(min(i + 1, window or i + 1) for length in (5, 1, 9) for i in range(length))
+        with FlopCounterMode(display=False) as counter:
+            operations.attention(q, k, v, cu, (5, 1, 9), window, 0.125, out=q)
+        assert counter.get_total_flops() == 4 * 4 * 64 * visible
+        rows = torch.tensor([2, 5, 14], device=DEVICE)  # positions 2, 0 and 8
+        seen = sum(min(position + 1, window or position + 1) for position in (2, 0, 8))
+        with FlopCounterMode(display=False) as counter:
+            operations.attention(q[rows], k, v, cu, (5, 1, 9), window, 0.125, rows=rows)
+        assert counter.get_total_flops() == 4 * 4 * 64 * seen
 
     def test_bad_shapes_are_named():
         x = randn(torch.float32, 4, 8)

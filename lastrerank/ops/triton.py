@@ -1,24 +1,145 @@
-"""The operations on an NVIDIA GPU by the Triton kernels of `kernels/`; matrix products and gathers by PyTorch.
+"""The operations on a GPU by the Triton kernels of `kernels/`; matrix products and gathers by PyTorch.
 
-Not yet run on a GPU: asked for by name only, `backend="auto"` doesn't choose it.
+Each kernel is registered with PyTorch as `torch.ops.lastrerank.*`, so that `torch.compile` takes the forward as one
+graph, profilers see names, and FLOP counters count the attention. Asked for by name only until measured on a GPU.
 """
 
 from __future__ import annotations
 
-from lastrerank.kernels.attention import attention
-from lastrerank.kernels.qk_norm_rope import qk_norm_rope
-from lastrerank.kernels.rms_norm import add_rms_norm, rms_norm
-from lastrerank.kernels.score import score
-from lastrerank.kernels.swiglu import swiglu
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lastrerank.kernels import attention as attention_kernel
+from lastrerank.kernels import qk_norm_rope as qk_norm_rope_kernel
+from lastrerank.kernels import rms_norm as rms_norm_kernel
+from lastrerank.kernels import score as score_kernel
+from lastrerank.kernels import swiglu as swiglu_kernel
 from lastrerank.ops.reference import ReferenceOperations
 
 
 class TritonOperations(ReferenceOperations):
     """See `lastrerank.ops.Operations`. Grad must be disabled."""
 
-    rms_norm = staticmethod(rms_norm)
-    add_rms_norm = staticmethod(add_rms_norm)
-    qk_norm_rope = staticmethod(qk_norm_rope)
-    attention = staticmethod(attention)
-    swiglu = staticmethod(swiglu)
-    score = staticmethod(score)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.ops.lastrerank.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return residual, torch.ops.lastrerank.add_rms_norm_(residual, x, weight, eps)
+
+    def qk_norm_rope(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> Tensor:
+        torch.ops.lastrerank.qk_norm_rope_(
+            qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads, eps
+        )
+        return qkv
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        seqlens: tuple[int, ...],
+        window: int | None,
+        scale: float,
+        rows: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        arguments = (k, v, cu_seqlens, max(seqlens), window, scale)
+        if out is None:
+            return torch.ops.lastrerank.attention(q, *arguments, rows)
+        if out is q:
+            torch.ops.lastrerank.attention_(q, *arguments)
+            return q
+        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows))
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return torch.ops.lastrerank.swiglu(gate_up)
+
+    def score(
+        self,
+        hidden: Tensor,
+        doc_rows: Tensor,
+        query_rows: Tensor,
+        doc_sequence: Tensor,
+        sequence_request: Tensor,
+        norm_weight: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        vectors, scores = torch.ops.lastrerank.score(
+            hidden, doc_rows, query_rows, doc_sequence, sequence_request, norm_weight, w1, w2, eps
+        )
+        return vectors[: len(doc_rows)], vectors[len(doc_rows) :], scores
+
+
+# name, schema, implementation, shape of the result. A trailing underscore: the first argument is written.
+_ATTENTION = "Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, SymInt? window, float scale"
+_OPERATIONS = (
+    ("rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor",
+     rms_norm_kernel.rms_norm, lambda x, weight, eps: x.new_empty(x.shape)),
+    ("add_rms_norm_", "(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor",
+     rms_norm_kernel.add_rms_norm, lambda residual, x, weight, eps: x.new_empty(x.shape)),
+    ("qk_norm_rope_", "(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor positions, "
+     "int num_heads, int num_kv_heads, float eps) -> ()",
+     qk_norm_rope_kernel.qk_norm_rope, lambda *arguments: None),
+    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows) -> Tensor",
+     attention_kernel.attention, lambda q, *arguments: q.new_empty(q.shape)),
+    ("attention_", f"(Tensor(a!) q, {_ATTENTION}) -> ()",
+     attention_kernel.attention_over_queries, lambda *arguments: None),
+    ("swiglu", "(Tensor gate_up) -> Tensor",
+     swiglu_kernel.swiglu, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)),
+    ("score", "(Tensor hidden, Tensor doc_rows, Tensor query_rows, Tensor doc_sequence, Tensor sequence_request, "
+     "Tensor norm_weight, Tensor w1, Tensor w2, float eps) -> (Tensor, Tensor)",
+     score_kernel.score,
+     lambda hidden, doc_rows, query_rows, doc_sequence, sequence_request, norm_weight, w1, w2, eps: (
+         hidden.new_empty(doc_rows.shape[0] + query_rows.shape[0], w2.shape[0], dtype=torch.float32),
+         hidden.new_empty(doc_rows.shape[0], dtype=torch.float32))),
+)  # fmt: skip
+
+for _name, _schema, _kernel, _fake in _OPERATIONS:
+    torch.library.define(f"lastrerank::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"lastrerank::{_name}", ("cpu", "cuda"), _kernel)  # cpu: Triton's interpreter
+    torch.library.register_fake(f"lastrerank::{_name}", _fake)
+
+
+def attention_flops(lengths: Sequence[int], window: int | None, num_heads: int, head_dim: int) -> int:
+    """Floating-point operations of causal attention over sequences: two products for each visible pair and head."""
+    pairs = 0
+    for length in lengths:
+        seen = length if window is None else min(window, length)
+        pairs += seen * (seen + 1) // 2 + (length - seen) * seen
+    return 4 * num_heads * head_dim * pairs
+
+
+@register_flop_formula([torch.ops.lastrerank.attention, torch.ops.lastrerank.attention_], get_raw=True)
+def _attention_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
+    scale: float,
+    rows: Tensor | None = None,
+    out_val: object = None,
+) -> int:
+    if rows is None:
+        return attention_flops(cu_seqlens.diff().tolist(), window, q.shape[1], q.shape[2])
+    starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True) - 1]
+    seen = rows - starts + 1
+    return 4 * q.shape[1] * q.shape[2] * int((seen if window is None else seen.clamp(max=window)).sum())
