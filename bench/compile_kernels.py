@@ -23,12 +23,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
+from lastrerank.kernels import attention, qk_norm_rope, rms_norm, score, swiglu
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.measure import write_results
-from lastrerank.kernels import attention, qk_norm_rope, rms_norm, score, swiglu
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -119,7 +119,8 @@ def launches() -> dict[str, Callable[[], Any]]:
         "qk_norm_rope keys": rope(0, 8, 128), "qk_norm_rope d=64": rope(14, 2, 64), "swiglu": gate,
         "attention": attend(bf16, 128, None, False), "attention window": attend(bf16, 128, 1024, False),
         "attention rows": attend(bf16, 128, None, True), "attention rows window": attend(bf16, 128, 1024, True),
-        "attention d=64": attend(bf16, 64, None, False), "attention window float16": attend(torch.float16, 128, 1024, False),
+        "attention window float16": attend(torch.float16, 128, 1024, False),
+        "attention d=64": attend(bf16, 64, None, False),
         "attention d=64 window": attend(bf16, 64, 1024, False),
         "attention float32": attend(torch.float32, 128, None, False),
         "attention float32 window": attend(torch.float32, 128, 1024, False), "score": readout,
@@ -181,8 +182,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     """The table for people, on stderr."""
     for row in rows:
         print(
-            f"{row['chip']:7} {row['launch']:22} {row['kernel']:22} {row['warps']:2} warps {row['registers']:4} registers "
-            f"{row['spilled_bytes']:4} B spilled {row['shared_bytes']:7} B shared  occupancy {row['occupancy']:.2f}  "
+            f"{row['chip']:7} {row['launch']:24} {row['kernel']:21} {row['warps']:2} warps "
+            f"{row['registers']:4} registers {row['spilled_bytes']:4} B spilled"
+            f" {row['shared_bytes']:7} B shared  occupancy {row['occupancy']:.2f}  "
             f"{' '.join(row['matrix_instructions'])} {row['loads_of_16_bytes']} wide loads",
             file=sys.stderr,
         )

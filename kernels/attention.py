@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 # (BLOCK_M = positions * group, BLOCK_N = keys, warps, stages), each the largest that spills nothing on its chip by
-# `python -m bench.compile_kernels`. Hopper and data-centre Blackwell have matrix units fed from shared memory; elsewhere
-# operands live in registers, so key tiles are half as tall. fp32 has no exact matrix unit anywhere.
+# `python -m bench.compile_kernels`. Hopper and data-centre Blackwell feed their matrix units from shared memory;
+# elsewhere operands live in registers, so key tiles are half as tall. fp32 has no exact matrix unit.
 _HEAD_DIMS = (64, 128)
 _FP32_TILE = (32, 32, 8, 1)
 _TILES = {"sm_90": (128, 64, 8, 3), "sm_100": (128, 64, 8, 2), "hip": (128, 64, 8, 2), "other": (128, 32, 8, 3)}

@@ -25,7 +25,7 @@ def _project_kernel(
     x_row_stride, num_docs, num_rows, width, num_out, eps,
     GATHER: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out = x[doc rows, query rows] w.T, with the RMSNorm and the gather (GATHER) and the ReLU of the first projection fused in."""
+    """out = x w.T; in the first projection x is gathered and normed (GATHER) and out rectified (RELU)."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     row = r.to(tl.int64)
