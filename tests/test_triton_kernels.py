@@ -218,6 +218,18 @@ else:
         )
         assert max(abs(a[i] - b[i]) for i in a) <= 2e-5
 
+    def test_a_static_bucket(tmp_path):
+        """What a CUDA graph replays: lengths known to the device alone, sequences and read rows to spare."""
+        from lastrerank.graphs import empty_bucket, fill
+
+        reranker, model = model_of(tmp_path, "tiny-v3.5")
+        bucket = empty_bucket(512, torch.device(DEVICE))
+        for lists in ([["a document of some words"], ["x"]], [["one more", "and another"]]):
+            batch = batch_of(reranker, *lists)
+            fill(bucket, batch)
+            out, expected = model.hidden_states(bucket)[: len(batch.read_rows)], model.hidden_states(batch)
+            assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
     def test_registered_operations():
         """PyTorch's own checks: schemas, what is written and what aliases, fakes, traced as run."""
         check = torch.library.opcheck
