@@ -40,6 +40,7 @@ TARGETS = {
 # multiprocessor, its warps (for AMD: of a compute unit, whose 4 SIMDs hold 512 registers a lane and 8 waves each).
 SHARED_OF_A_BLOCK = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 SHARED_OF_A_CHIP = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "gfx942": 65_536}
+_FLOAT8 = ("sm_90", "sm_100")  # of those here, the chips that multiply e4m3 as PyTorch stores it
 REGISTERS, WARPS = {"cuda": 65_536, "hip": 131_072}, {"cuda": 64, "hip": 32}
 
 
@@ -97,6 +98,13 @@ def launches() -> dict[str, Callable[[], Any]]:
         weights = (weight if heads else None, weight if kv_heads else None)
         return lambda: qk_norm_rope.qk_norm_rope(qkv, *weights, table, table, positions, heads, kv_heads, 1e-6)
 
+    def quantized(with_norm: bool) -> Callable[[], Any]:
+        x, weight = torch.zeros(rows, 1024, dtype=bf16), torch.ones(1024, dtype=bf16)
+        return lambda: rms_norm.quantized_rows(x, *((x.clone(), weight, 1e-6) if with_norm else ()))
+
+    def quantized_gate() -> None:
+        swiglu.quantized_swiglu(torch.zeros(rows, 6144, dtype=bf16))
+
     def gate() -> None:
         swiglu.swiglu(torch.zeros(rows, 6144, dtype=bf16))
 
@@ -124,6 +132,8 @@ def launches() -> dict[str, Callable[[], Any]]:
         "attention d=64 window": attend(bf16, 64, 1024, False),
         "attention float32": attend(torch.float32, 128, None, False),
         "attention float32 window": attend(torch.float32, 128, 1024, False), "score": readout,
+        "quantized rows": quantized(False), "quantized add_rms_norm": quantized(True),
+        "quantized swiglu": quantized_gate,
     }  # fmt: skip
 
 
@@ -172,6 +182,8 @@ def table(chips: list[str]) -> list[dict[str, Any]]:
     rows = []
     for chip in chips:
         for name, launch in launches().items():
+            if name.startswith("quantized") and chip not in _FLOAT8:
+                continue
             with compiling_for(TARGETS[chip]) as compiled:
                 launch()
             rows += [{"launch": name, **describe(chip, kernel)} for kernel in compiled]

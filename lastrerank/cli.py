@@ -20,7 +20,7 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Folder, bundled name or Hub id. Default: the embedded checkpoint.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, float8.")]
 BackendOption = Annotated[str, typer.Option(help="auto or the name of a backend (see doctor).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Show tokens per document, blocks and timings.")]

@@ -20,8 +20,10 @@ from lastrerank.progress import Progress
 from lastrerank.prompt import TEMPLATES, CutText, EncodedBlock, PromptEncoder, PromptTemplate
 from lastrerank.request import BLOCK_SIZE, Document, RerankRequest
 
-# int8 names the linears' weights; activations are fp32 then.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+          "float8": torch.float8_e4m3fn}  # fmt: skip
+# int8 and float8 name the linears' weights; everything else is in this then.
+_ACTIVATIONS = {"int8": torch.float32, "float8": torch.bfloat16}
 
 # Backends whose passes read nothing back from the device, so that a CUDA graph can hold them.
 CAPTURABLE = ("triton",)
@@ -97,8 +99,8 @@ class Reranker:
         Args:
             id_or_path: folder, bundled name or Hub id.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-            dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or "int8" (linears
-                in int8, native backend only; scores differ from float32's).
+            dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or quantised linears,
+                whose scores differ: "int8" (native backend), "float8" (Triton backend, Ada or newer).
             backend: "auto" or one of `lastrerank.ops.BACKENDS`.
             template: "auto" (what the checkpoint says), a name in `lastrerank.prompt.TEMPLATES`, or a template.
             deterministic: every block is its own pass, so that scores are bitwise the same alone and in company.
@@ -126,7 +128,7 @@ class Reranker:
             template = TEMPLATES[template]
         encoder = PromptEncoder(source.tokenizer, template)
         name, operations = ops.select(backend, target, DTYPES[dtype])
-        compute_dtype = torch.float32 if dtype == "int8" else DTYPES[dtype]
+        compute_dtype = _ACTIVATIONS.get(dtype, DTYPES[dtype])
         weights = source.weights(target, compute_dtype, operations.prepare)
         return cls(
             source, Model(source.config, weights, operations), encoder,

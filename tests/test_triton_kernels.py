@@ -74,6 +74,62 @@ else:
         x = randn(dtype, 5, 2 * width, scale=4)
         truth.assert_error_rule(operations.swiglu(x), truth.swiglu(x.double()), truth.swiglu(x))
 
+    def assert_quantized(rows, expected):
+        """Scales from the largest of each row, values rounded to nearest: e4m3 has 3 bits, and 2^-9 is its least."""
+        values, scale = rows
+        assert values.dtype == torch.float8_e4m3fn and scale.shape == (len(expected), 1)
+        assert torch.allclose(scale.double(), expected.abs().amax(1, keepdim=True) / 448, rtol=1e-2)
+        error = (values.double() * scale - expected).abs()
+        assert (error <= expected.abs() * 2**-4 + scale * 2**-10 + 2e-2 * scale).all()
+        assert values.double().abs().amax(1).eq(448).all()  # the range is used
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("width", [64, 1000])
+    def test_quantized_rows(dtype, width):
+        from lastrerank.kernels.rms_norm import quantized_rows
+        from lastrerank.kernels.swiglu import quantized_swiglu
+
+        x, residual, weight = randn(dtype, 5, width), randn(dtype, 5, width), randn(dtype, width, offset=1)
+        assert_quantized(quantized_rows(x), x.double())
+        assert_quantized(quantized_rows(x, None, weight, 1e-6), truth.rms_norm(x.double(), weight.double(), 1e-6))
+        total = residual + x
+        expected = truth.rms_norm(total.double(), weight.double(), 1e-6)
+        assert_quantized(quantized_rows(x, residual, weight, 1e-6), expected)
+        assert torch.equal(residual, total)
+        assert_quantized(quantized_swiglu(x), truth.swiglu(x.double()))
+        x[2, 3] = float("nan")
+        assert quantized_rows(x)[0][2].float().isnan().any() and quantized_rows(torch.zeros_like(x))[0].eq(0).all()
+
+    def test_float8_linear():
+        """Against the product of the same quantised operands, in fp64."""
+        from lastrerank.ops.float8 import Float8Operations
+
+        float8 = Float8Operations()
+        x, weight, bias = randn(torch.bfloat16, 7, 64), randn(torch.bfloat16, 48, 64), randn(torch.bfloat16, 48)
+        kept, rows = float8.prepare(weight), float8.rms_norm(x, torch.ones_like(x[0]), 1e-6)
+        exact = (rows.values.double() * rows.scale) @ (kept.values.double() * kept.scale).t()
+        poisoned = torch.full((7, 100), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        for out in (None, poisoned[:, 20:68]):
+            result = float8.linear(rows, kept, bias, out)
+            assert (result.double() - exact - bias.double()).abs().max() <= 2**-7 * exact.abs().max()
+        assert poisoned[:, 68:].isnan().all()
+        with pytest.raises(ValueError, match="multiples of 16"):
+            float8.prepare(weight[:7])
+
+    def test_float8_model(tmp_path):
+        """Scores move, and by little; what that does to a ranking is for a trained checkpoint to say."""
+        from lastrerank.model import Model
+        from lastrerank.ops.float8 import Float8Operations
+
+        reranker = model_of(tmp_path, "tiny")[0]
+        float8 = Float8Operations()
+        weights = reranker.checkpoint.weights(reranker.device, torch.bfloat16, float8.prepare)
+        arguments = ("a query", ["a document", "another one of some length", "short"])
+        exact = {r["index"]: r["relevance_score"] for r in reranker.rerank(*arguments)}
+        reranker.model = Model(reranker.config, weights, float8)
+        moved = {r["index"]: r["relevance_score"] for r in reranker.rerank(*arguments)}
+        assert 0 < max(abs(moved[i] - exact[i]) for i in exact) < 0.15
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 128), (3, 0, 64), (0, 2, 128), (14, 2, 64)])
     @pytest.mark.parametrize("norm", [True, False])

@@ -1,6 +1,6 @@
 """Repairs of Triton 3.6's interpreter, so that its faults aren't taken for a kernel's. Each is checked to be needed.
 
-- casts between fp32 and bf16 truncate; hardware rounds to nearest even
+- casts from fp32 to bf16 and to float8 e4m3 truncate; hardware rounds to nearest even
 - `tl.dot` on bf16 multiplies the bit patterns
 - loop bounds that are tensors fail with numpy >= 2.4 (one-element arrays no longer convert to int)
 """
@@ -28,6 +28,9 @@ def repair() -> None:
         if source == tl.float32 and target == tl.bfloat16:
             values = torch.from_numpy(np.ascontiguousarray(data, np.float32)).bfloat16()
             return values.view(torch.uint16).numpy()
+        if source == tl.float32 and target == tl.float8e4nv:
+            values = torch.from_numpy(np.ascontiguousarray(data, np.float32)).to(torch.float8_e4m3fn)
+            return values.view(torch.uint8).numpy()
         return original(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert_float

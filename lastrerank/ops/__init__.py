@@ -32,7 +32,9 @@ Weight = torch.Tensor | OwnWeight
 class Operations(Protocol):
     """T rows, D hidden width, d head width, Hq query heads, Hkv key/value heads, F intermediate width.
 
-    dtype torch.int8 in `select` means int8 linears between fp32 activations.
+    In `select`, dtype torch.int8 means int8 linears between fp32 activations, and torch.float8_e4m3fn float8 linears
+    between bf16 ones. Norms and SwiGLU feed `linear` alone: an implementation may return them as rows that only its own
+    `linear` understands, quantised on the way out.
     With grad disabled, `add_rms_norm`, `qk_norm_rope` and `out=` write in place. With grad enabled nothing is written
     in place and everything is differentiable (reference only).
     """
@@ -123,15 +125,15 @@ def _native(device: torch.device, dtype: torch.dtype) -> Operations:
     if device.type != "cpu":
         raise RuntimeError(f"it runs on the CPU, not on {device.type}")
     if dtype not in (torch.float32, torch.int8):
-        raise RuntimeError(f"it computes in float32 and int8, not in {str(dtype).removeprefix('torch.')}")
+        raise RuntimeError(f"it computes in float32 and int8, not in {_short(dtype)}")
     from lastrerank.ops.native import NativeOperations
 
     return NativeOperations(int8=dtype == torch.int8)
 
 
 def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
-    if dtype == torch.int8:
-        raise RuntimeError("it has no int8 linears")
+    if dtype in (torch.int8, torch.float8_e4m3fn):
+        raise RuntimeError(f"it has no {_short(dtype)} linears")
     from lastrerank.ops.reference import ReferenceOperations
 
     return ReferenceOperations()
@@ -140,13 +142,34 @@ def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
 def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
     if device.type != "cuda":
         raise RuntimeError(f"it runs on a CUDA device, not on {device.type}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise RuntimeError(f"it computes in float32, bfloat16 and float16, not in {dtype}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        raise RuntimeError(f"it computes in float32, bfloat16, float16 and float8, not in {_short(dtype)}")
     try:
+        from lastrerank.ops.float8 import Float8Operations
         from lastrerank.ops.triton import TritonOperations
     except ImportError as error:
         raise RuntimeError(f"Triton is not installed ({error})") from error
-    return TritonOperations()
+    if dtype != torch.float8_e4m3fn:
+        return TritonOperations()
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
+        raise RuntimeError("float8 needs an NVIDIA GPU of compute capability 8.9 or newer")
+    return Float8Operations()
+
+
+def _flash_attn(device: torch.device, dtype: torch.dtype) -> Operations:
+    if device.type != "cuda":
+        raise RuntimeError(f"it runs on a CUDA device, not on {device.type}")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError(f"it computes in bfloat16 and float16, not in {_short(dtype)}")
+    try:
+        from lastrerank.ops.flash_attn import FlashAttnOperations
+    except ImportError as error:
+        raise RuntimeError(f"Triton is not installed ({error})") from error
+    return FlashAttnOperations()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # In order of preference. A factory raises RuntimeError saying what is missing.
@@ -154,6 +177,7 @@ BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
     "native": _native,
     "reference": _reference,
     "triton": _triton,  # after the reference until it has been measured on a GPU
+    "flash-attn": _flash_attn,
 }
 
 

@@ -1,0 +1,58 @@
+"""The Triton operations with attention by the `flash-attn` library, whichever of its generations is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lastrerank.ops.triton import TritonOperations
+
+# Modules that hold `flash_attn_varlen_func`, the newest generation first: 4, 3, 2.
+_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
+
+
+class FlashAttnOperations(TritonOperations):
+    """See `lastrerank.ops.Operations`. The last layer's few read rows go through our own kernel.
+
+    Raises:
+        RuntimeError: no generation of the library can be imported; the message says why.
+    """
+
+    def __init__(self) -> None:
+        self._attend = _find()
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        seqlens: tuple[int, ...],
+        window: int | None,
+        scale: float,
+        rows: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if rows is not None:
+            return super().attention(q, k, v, cu_seqlens, seqlens, window, scale, rows, out)
+        # The library's window counts the tokens before the current one.
+        local = {} if window is None else {"window_size": (window - 1, 0)}
+        result = self._attend(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max(seqlens),
+            max_seqlen_k=max(seqlens), softmax_scale=scale, causal=True, **local,
+        )  # fmt: skip
+        result = result[0] if isinstance(result, tuple) else result
+        return result if out is None else out.copy_(result)
+
+
+def _find() -> Callable[..., Any]:
+    reasons = []
+    for name in _MODULES:
+        try:
+            return importlib.import_module(name).flash_attn_varlen_func
+        except (ImportError, AttributeError) as error:
+            reasons.append(f"{name}: {error}")
+    raise RuntimeError(f"flash-attn is not installed ({'; '.join(reasons)})")
