@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-kernels clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -28,6 +28,9 @@ bench: .venv/test
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
+
+bench-kernels: .venv/test
+	$(BIN)/python -m bench.kernels
 
 clean:
 	rm -rf .venv build dist

@@ -37,3 +37,31 @@ def plot_end_to_end(path: Path) -> Path:
     figure.savefig(target, dpi=110)
     plt.close(figure)
     return target
+
+
+def plot_roofline(path: Path) -> Path:
+    """Our kernels under the two measured ceilings, TFLOP/s over operations a byte: `<path>.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    report = json.loads(path.read_text())
+    ceilings = next(row for row in report["rows"] if row["kernel"] == "ceilings")
+    rows = [row for row in report["rows"] if row.get("provider") == "lastrerank" and "intensity" in row]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    intensities = [2.0**i for i in range(-3, 14)]
+    roof = [min(ceilings["tflops"], i * ceilings["gb_per_s"] / 1e3) for i in intensities]
+    axes.loglog(intensities, roof, color="black", linewidth=1)
+    for index, kernel in enumerate(dict.fromkeys(row["kernel"] for row in rows)):
+        own = [row for row in rows if row["kernel"] == kernel]
+        axes.scatter([row["intensity"] for row in own], [row["tflops"] for row in own], label=kernel, color=f"C{index}")
+    axes.set_xlabel("operations per byte of device memory")
+    axes.set_ylabel("TFLOP/s")
+    machine = report["machine"]
+    axes.set_title(f"{machine['gpu']}, torch {machine['torch']}")
+    axes.legend(fontsize=8)
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target

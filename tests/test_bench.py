@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 
 import bench.end_to_end
 import bench.measure
+from bench.plots import plot_roofline
 
 
 @pytest.fixture
@@ -27,6 +33,42 @@ def test_end_to_end_writes_results_and_a_plot(results, capsys):
     assert [row["provider"] for row in report["rows"]] == ["transformers-sdpa-float32", "lastrerank-reference-float32"]
     assert all(row["tokens_per_s"] > 0 and row["max_difference"] < 5e-5 for row in report["rows"])
     assert (results / "x.png").stat().st_size > 1000
+
+
+def test_gpu_check_runs_on_tiny_shapes(tmp_path):
+    """What a first meeting with a GPU runs, in Triton's interpreter: every part passes, and rows are what they say."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: run python -m bench.gpu_check itself")
+    script = "import sys; import bench.measure as m; from pathlib import Path; m.RESULTS = Path(sys.argv[1])\n"
+    script += "import bench.gpu_check as g; sys.exit(g.main(['--tiny']))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == {"correctness", "kernels", "end to end", "memory"}
+    timed = {(row["kernel"], row["provider"]) for row in rows if "milliseconds" in row}
+    ours = {"rms_norm", "add_rms_norm", "swiglu", "qk_norm_rope", "score", "attention", "attention window 1024"}
+    assert {kernel for kernel, provider in timed if provider == "lastrerank"} == ours
+    assert (tmp_path / "gpu_check.csv").read_text().count("\n") == len(rows) + 1
+
+
+def test_bench_kernels_without_a_gpu_says_why(capsys):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, "-m", "bench.kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "no GPU here, so no times" in done.stderr
+    assert "_attention_kernel" in done.stderr and "sm_90" in done.stderr
+
+
+def test_roofline_plot(tmp_path):
+    row = {"kernel": "rms_norm", "provider": "lastrerank", "intensity": 1.0, "tflops": 2.0}
+    rows = [{"kernel": "ceilings", "tflops": 600.0, "gb_per_s": 3000.0}, row]
+    (tmp_path / "x.json").write_text(json.dumps({"machine": {"gpu": "a GPU", "torch": "2"}, "rows": rows}))
+    assert plot_roofline(tmp_path / "x.json").stat().st_size > 1000
 
 
 def test_a_provider_with_wrong_scores_is_not_timed():
