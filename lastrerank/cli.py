@@ -80,6 +80,50 @@ def demo(
     _run(example["query"], example["documents"], names, model, None, None, as_json, explain, device, dtype, backend)
 
 
+@app.command(name="eval")
+def evaluate(
+    datasets: Annotated[list[Path], typer.Argument(help="BEIR-format folders: corpus, queries, qrels.")],
+    model: ModelOption = "",
+    split: Annotated[str, typer.Option(help="Which qrels file.")] = "test",
+    queries_from: Annotated[Path | None, typer.Option(help="A folder whose queries and qrels are used.")] = None,
+    run: Annotated[Path | None, typer.Option(help="TREC run file of the first stage; BM25 without one.")] = None,
+    top_k: Annotated[int, typer.Option(help="Candidates reranked a query.")] = 100,
+    order: Annotated[
+        list[str] | None, typer.Option(help="descending (default), ascending, random; may be given several times.")
+    ] = None,
+    max_queries: Annotated[int | None, typer.Option(help="A seeded sample of this many queries.")] = None,
+    max_doc_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: the model's cap.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for runs, results and the plot; what is there is resumed.")
+    ] = Path("eval-results"),
+    seed: Annotated[int, typer.Option(help="Of the sample and the random order.")] = 0,
+    as_json: JsonOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Rerank BEIR-format datasets and score the result: nDCG@10, MRR@10, MAP, recall."""
+    from lastrerank import Reranker
+    from lastrerank.evaluation.report import evaluate as evaluate_all
+    from lastrerank.evaluation.report import table
+
+    try:
+        loaded = Reranker.from_pretrained(model or default_model(), device=device, dtype=dtype, backend=backend)
+        report = evaluate_all(
+            loaded, datasets, output, split=split, query_folder=queries_from, run=run, top_k=top_k,
+            orders=order or ["descending"], max_queries=max_queries, max_doc_length=max_doc_length, seed=seed,
+        )  # fmt: skip
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        from rich.console import Console
+
+        Console(width=max(120, Console().width)).print(table(report))
+        print(f"runs, results and the plot are in {output}", file=sys.stderr)
+
+
 @app.command()
 def doctor(
     verify: Annotated[str, typer.Option(help="Folder or Hub id to compare with published scores.")] = "",

@@ -1,14 +1,19 @@
-"""BEIR folders and the first stage."""
+"""BEIR folders, the first stage, runs and their scores."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 
 import pytest
+from typer.testing import CliRunner
 
+from lastrerank.cli import app
 from lastrerank.evaluation.beir import read_beir
 from lastrerank.evaluation.first_stage import Bm25, bm25_tokens
+from lastrerank.evaluation.report import evaluate
+from lastrerank.evaluation.run import bm25_candidates, evaluate_ranking, ordered, read_trec_run, rerank_run
 
 
 @pytest.fixture
@@ -58,3 +63,106 @@ def test_bm25_finds_and_orders():
     (found, nothing) = index.top(["apple", "zebra"], 10)
     assert [name for name, _ in found] == ["a", "b"] and found[0][1] > found[1][1] > 0
     assert nothing == []
+
+
+def write_dataset(root, documents, queries, qrels, split="dev"):
+    root.mkdir(exist_ok=True)
+    (root / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": i, "title": "", "text": t}) + "\n" for i, t in documents.items())
+    )
+    (root / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": i, "text": t}) + "\n" for i, t in queries.items())
+    )
+    (root / "qrels").mkdir(exist_ok=True)
+    lines = ["query-id\tcorpus-id\tscore"] + [f"{q}\t{d}\t{g}" for q, gains in qrels.items() for d, g in gains.items()]
+    (root / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def dataset_folder(tmp_path):
+    documents = {f"d{i}": f"words about topic {i} and more words " * (1 + i % 3) for i in range(12)}
+    queries = {f"q{i}": f"topic {i}" for i in range(5)} | {"none": "zebra"}
+    qrels = {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 1} for i in range(5)} | {"none": {"d0": 1}}
+    return write_dataset(tmp_path / "toy", documents, queries, qrels)
+
+
+def test_metrics_against_their_formulas(dataset_folder):
+    dataset = read_beir(dataset_folder, "dev")
+    ranking = {"q0": ["d5", "d0", "d6", "d1"], "q1": ["d2", "d1"], "q2": ["d7"], "none": []}
+    means, each = evaluate_ranking(dataset, ranking)
+    ideal = 2 + 1 / math.log2(3)
+    assert each["q0"]["nDCG@10"] == pytest.approx((2 / math.log2(3) + 1 / math.log2(5)) / ideal)
+    assert each["q0"]["RR@10"] == 0.5 and each["q0"]["AP"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert each["q1"]["nDCG@10"] == pytest.approx((1 + 2 / math.log2(3)) / ideal) and each["q1"]["R@10"] == 1
+    assert set(each["q2"].values()) == set(each["none"].values()) == set(each["q3"].values()) == {0.0}
+    assert means["RR@10"] == pytest.approx((0.5 + 1) / 6)
+
+
+def test_orders():
+    candidates = {"a": list("vwxyz"), "b": ["one"], "c": []}
+    assert ordered(candidates, "descending") == candidates
+    assert ordered(candidates, "ascending")["a"] == list("zyxwv")
+    shuffled = ordered(candidates, "random", 1)
+    assert shuffled == ordered(candidates, "random", 1) != ordered(candidates, "random", 2)
+    assert sorted(shuffled["a"]) == candidates["a"]
+    with pytest.raises(ValueError, match="order is 'upward'"):
+        ordered(candidates, "upward")
+
+
+def test_trec_run(dataset_folder, tmp_path):
+    dataset = read_beir(dataset_folder, "dev")
+    (tmp_path / "run").write_text("q0 Q0 d3 1 0.5 x\nq0 Q0 d4 2 0.9 x\nother Q0 d1 1 1 x\n")
+    found = read_trec_run(tmp_path / "run", dataset, 10)
+    assert found["q0"] == ["d4", "d3"] and found["q1"] == []
+    for line, message in (("q0 Q0 d99 1 0.5 x", "document 'd99'"), ("q0 d3", "expected 'query Q0"),
+                          ("z Q0 d3 1 1 x", "none of the 6 queries")):  # fmt: skip
+        (tmp_path / "run").write_text(line + "\n")
+        with pytest.raises(ValueError, match=message):
+            read_trec_run(tmp_path / "run", dataset, 10)
+
+
+def test_a_run_resumes_where_it_was_cut_off(dataset_folder, tmp_path, small_reranker):
+    dataset = read_beir(dataset_folder, "dev")
+    candidates = bm25_candidates(dataset, 8)
+    path, settings = tmp_path / "run.jsonl", {"order": "descending"}
+    whole = rerank_run(small_reranker, dataset, candidates, path, settings)
+    assert whole.resumed == 0 and whole.ranking["none"] == []
+    for query, names in candidates.items():
+        expected = small_reranker.rerank(dataset.queries[query], [dataset.documents[d] for d in names])
+        assert whole.ranking[query] == [names[r["index"]] for r in expected]
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:20])  # settings, two queries, and half of a third
+    again = rerank_run(small_reranker, dataset, candidates, path, settings)
+    assert again.resumed == 2 and again.ranking == whole.ranking
+    assert [json.loads(x)["documents"] for x in path.read_text().splitlines()[1:]] == [
+        json.loads(x)["documents"] for x in lines[1:]
+    ]
+    with pytest.raises(ValueError, match="a run with order = 'descending', this one has 'random'"):
+        rerank_run(small_reranker, dataset, candidates, path, {"order": "random"})
+    with pytest.raises(ValueError, match="other candidates now"):
+        rerank_run(small_reranker, dataset, bm25_candidates(dataset, 3), path, settings)
+
+
+def test_the_command(dataset_folder, tmp_path, small):
+    arguments = ["eval", str(dataset_folder), "--model", str(small), "--split", "dev", "--top-k", "5", "--order",
+                 "descending", "--order", "random", "--output", str(tmp_path / "out"), "--json"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert [row["ranking"] for row in report["rows"]] == ["first stage", "descending", "random"]
+    assert report["rows"][0]["nDCG@10"] > 0.5 and report["rows"][1]["R@10"] == report["rows"][0]["R@10"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == report
+    assert (tmp_path / "out" / "results.png").stat().st_size > 1000
+    assert len((tmp_path / "out" / "per_query.jsonl").read_text().splitlines()) == 18
+    again = CliRunner().invoke(app, arguments)
+    assert [row.get("resumed") for row in json.loads(again.stdout.splitlines()[-1])["rows"]] == [None, 6, 6]
+    bad = CliRunner().invoke(app, ["eval", str(dataset_folder), "--model", str(small), "--split", "nope"])
+    assert bad.exit_code == 2
+
+
+def test_cross_lingual_folders(dataset_folder, tmp_path, small_reranker):
+    """Questions of one folder over the documents of another with the same ids."""
+    other = write_dataset(tmp_path / "german", {"d0": "unused"}, {"x": "topic 3"}, {"x": {"d3": 1}})
+    report = evaluate(small_reranker, [dataset_folder], tmp_path / "o", split="dev", query_folder=other, top_k=4)
+    assert [row["dataset"] for row in report["rows"]] == ["german>toy"] * 2 and report["rows"][0]["queries"] == 1

@@ -1,0 +1,136 @@
+"""`lastrerank eval`: datasets and input orders through one reranker, to a table, a plot and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lastrerank.evaluation.beir import read_beir
+from lastrerank.evaluation.run import (
+    METRICS,
+    bm25_candidates,
+    evaluate_ranking,
+    ordered,
+    read_trec_run,
+    rerank_run,
+)
+from lastrerank.reranker import Reranker
+
+
+def evaluate(
+    reranker: Reranker,
+    folders: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    query_folder: str | os.PathLike[str] | None = None,
+    run: str | os.PathLike[str] | None = None,
+    top_k: int = 100,
+    orders: Sequence[str] = ("descending",),
+    max_queries: int | None = None,
+    max_doc_length: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Rerank and score every dataset in every input order.
+
+    Args:
+        folders: BEIR-format datasets.
+        output: folder for the runs (resumed if they are there), `results.json`, `results.png` and `per_query.jsonl`.
+        split: of the qrels.
+        query_folder: queries and judgements of another folder, for cross-lingual evaluation.
+        run: TREC run file of the first stage; BM25 without one.
+        top_k: candidates a query.
+        orders: in which the reranker sees the candidates: "descending", "ascending", "random".
+        max_queries: a seeded sample of the judged queries.
+        max_doc_length: cap in tokens; the checkpoint's own without one.
+        seed: of the sample and the random order.
+
+    Returns:
+        The report that `results.json` holds: settings, and a row a dataset for the first stage and each order.
+
+    Raises:
+        ValueError: a dataset, the run file or an argument is bad.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1")
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": reranker.checkpoint.folder.name, "backend": reranker.backend, "dtype": reranker.dtype, "split": split,
+        "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k, "max_queries": max_queries,
+        "max_doc_length": max_doc_length or reranker.config.max_doc_length, "seed": seed,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    per_query: list[dict[str, Any]] = []
+    for folder in folders:
+        dataset = read_beir(folder, split, query_folder=query_folder, max_queries=max_queries, seed=seed)
+        candidates = bm25_candidates(dataset, top_k) if run is None else read_trec_run(run, dataset, top_k)
+        means, each = evaluate_ranking(dataset, candidates)
+        base = {"dataset": dataset.name, "split": split, "queries": len(dataset.queries)}
+        rows.append(base | {"ranking": "first stage", **means})
+        per_query += [base | {"ranking": "first stage", "query": q, **values} for q, values in each.items()]
+        for order in orders:
+            shown = ordered(candidates, order, seed)
+            path = target / f"{dataset.name.replace('>', '-to-')}-{order}.jsonl"
+            done = rerank_run(
+                reranker, dataset, shown, path, settings | {"dataset": dataset.name, "order": order},
+                max_doc_length=max_doc_length, progress=progress,
+            )  # fmt: skip
+            means, each = evaluate_ranking(dataset, done.ranking)
+            row = base | {"ranking": order, **means, "prompt_tokens": done.prompt_tokens, "seconds": done.seconds}
+            rows.append(row | {"resumed": done.resumed})
+            per_query += [base | {"ranking": order, "query": q, **values} for q, values in each.items()]
+    report = {"settings": settings, "rows": rows}
+    (target / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    with (target / "per_query.jsonl").open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in per_query)
+    plot(report, target / "results.png")
+    return report
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """nDCG@10 by dataset: first stage and each order beside each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report["rows"]
+    datasets, rankings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("dataset", "ranking"))
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(datasets), 4), layout="constrained")
+    width = 0.8 / len(rankings)
+    for r, ranking in enumerate(rankings):
+        own = {row["dataset"]: row["nDCG@10"] for row in rows if row["ranking"] == ranking}
+        places = [d + (r - (len(rankings) - 1) / 2) * width for d in range(len(datasets))]
+        axes.bar(places, [own[d] for d in datasets], width, label=ranking, color=f"C{r}")
+    axes.set_xticks(range(len(datasets)), datasets, rotation=15)
+    axes.set_ylabel("nDCG@10")
+    s = report["settings"]
+    axes.set_title(f"{s['model']}, {s['first_stage']} top {s['top_k']}, {s['split']}", fontsize=10)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(report: dict[str, Any]) -> Any:
+    """The report for people, as a rich table."""
+    from rich.table import Table
+
+    s = report["settings"]
+    title = f"{s['model']} over {s['first_stage']} top {s['top_k']}, {s['split']} split"
+    shown = Table(title=title, title_justify="left")
+    for column in ("dataset", "queries", "ranking"):
+        shown.add_column(column)
+    for metric in METRICS:
+        shown.add_column(metric, justify="right")
+    shown.add_column("tokens/s", justify="right")
+    for row in report["rows"]:
+        rate = f"{row['prompt_tokens'] / row['seconds']:.0f}" if row.get("prompt_tokens") else ""
+        shown.add_row(
+            row["dataset"], str(row["queries"]), row["ranking"], *(f"{row[metric]:.4f}" for metric in METRICS), rate
+        )
+    return shown
