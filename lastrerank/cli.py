@@ -125,6 +125,38 @@ def evaluate(
 
 
 @app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder of lists, or of raw pairs and documents (mined by BM25 first).")],
+    start: Annotated[str, typer.Option(help="Checkpoint to begin with: folder, bundled name or Hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, log, plot; what is there goes on.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="JSON object of TrainingConfig's fields; the paper's losses without one.")
+    ] = None,
+    dev: Annotated[list[Path] | None, typer.Option(help="BEIR folder with a dev split; several times.")] = None,
+    every: Annotated[int, typer.Option(help="Steps between saving and looking at dev.")] = 200,
+    patience: Annotated[int | None, typer.Option(help="Stop after this many looks without a new best.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Train or fine-tune a checkpoint (full, or LoRA by the recipe's lora_rank) with the paper's objective."""
+    from lastrerank.training.run import train as run_training
+    from lastrerank.training.trainer import TrainingConfig
+
+    try:
+        given = json.loads(recipe.read_text(encoding="utf-8")) if recipe else {}
+        if isinstance(given.get("temperature"), list):
+            given["temperature"] = tuple(given["temperature"])
+        config = TrainingConfig(**given)
+        result = run_training(start, data, output, config, dev=dev or [], every=every, patience=patience, device=device)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"{result['step']} steps; checkpoints, log and plot are in {output}", file=sys.stderr)
+
+
+@app.command()
 def doctor(
     verify: Annotated[str, typer.Option(help="Folder or Hub id to compare with published scores.")] = "",
     device: DeviceOption = "auto",

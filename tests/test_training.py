@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -10,13 +11,17 @@ import random
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lastrerank import Reranker
 from lastrerank.checkpoint import open_checkpoint
+from lastrerank.cli import app
 from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
+from lastrerank.training import run
 from lastrerank.training.data import ListRow, TrainingData, augmented, read_training_data
 from lastrerank.training.losses import disperse_loss, distill_loss, embedding_loss, rank_loss, similar_loss
 from lastrerank.training.mining import Pair, mine_lists
+from lastrerank.training.run import mine_folder
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
 
@@ -125,6 +130,120 @@ def test_resume_is_exact(toy, tmp_path):
         assert torch.equal(tensor, second.parameters[name]), name
     with pytest.raises(ValueError, match="was trained with steps = 6"):
         trainer(toy, steps=7).load_state(tmp_path / "state.pt")
+
+
+def test_low_rank_updates(toy, tmp_path):
+    """Nothing moves at first; then only the updates and the projector; the saved checkpoint has them merged."""
+    training = trainer(toy, steps=3, lora_rank=4)
+    before = {name: tensor.clone() for name, tensor in training.parameters.items()}
+    assert all(torch.equal(before[name], tensor) for name, tensor in training.merged().items())
+    training.train(io.StringIO())
+    for name, tensor in training.parameters.items():
+        assert torch.equal(tensor, before[name]) != name.startswith("projector."), name
+    merged = training.merged()
+    for name in before:
+        assert torch.equal(merged[name], before[name]) != (name.endswith("_proj.weight") or "projector" in name), name
+    training.save_checkpoint(tmp_path / "merged", torch.float32)
+    saved = open_checkpoint(tmp_path / "merged").weights(torch.device("cpu"), torch.float32)
+    o = "model.layers.0.self_attn.o_proj.weight"
+    assert torch.equal(saved.layers[0].o, merged[o])
+    training.save_state(tmp_path / "state.pt")
+    again = trainer(toy, steps=3, lora_rank=4)
+    again.load_state(tmp_path / "state.pt")
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in again.merged().items())
+
+
+@pytest.fixture
+def pairs(toy, tmp_path):
+    """Raw pairs as the command takes them, and a dev set."""
+    _, documents, rows = toy
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    with gzip.open(folder / "documents.jsonl.gz", "wt") as lines:
+        lines.writelines(json.dumps({"id": f"d{i}", "text": d}) + "\n" for i, d in enumerate(documents))
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"query": d.split()[0], "positive": f"d{i}"}) + "\n" for i, d in enumerate(documents))
+    )
+    dev = tmp_path / "dev-set"
+    (dev / "qrels").mkdir(parents=True)
+    (dev / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": f"d{i}", "text": d}) + "\n" for i, d in enumerate(documents))
+    )
+    (dev / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{i}", "text": r.query}) + "\n" for i, r in enumerate(rows))
+    )
+    (dev / "qrels" / "dev.tsv").write_text("".join(f"q{i}\td{r.positive}\t1\n" for i, r in enumerate(rows)))
+    return folder, dev
+
+
+def test_the_command_from_raw_pairs_to_a_checkpoint(toy, pairs, tmp_path):
+    folder, dev = pairs
+    recipe = {"steps": 4, "lists_per_step": 2, "hard": 2, "easy": 1, "temperature": [0.2, 0.1]}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    output = tmp_path / "out"
+    arguments = ["train", str(folder), "--start", str(toy[0] / "start"), "--output", str(output), "--recipe",
+                 str(tmp_path / "recipe.json"), "--dev", str(dev), "--every", "2", "--json"]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["step"] == 4 and result["dev"].keys() == {"dev-set"} and 0 < result["best_dev_ndcg"] <= 1
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [1, 2, 2, 3, 4, 4]
+    assert (output / "progress.png").stat().st_size > 1000 and (output / "best" / "model.safetensors").is_file()
+    Reranker.from_pretrained(output / "last").rerank("expert", ["a", "b"], max_query_length=9, max_doc_length=9)
+    # Again: nothing is left to do. With another recipe: refused.
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"seed": 1}))
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"stepps": 1}))
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_training_stops_early_and_goes_on_after_an_interruption(toy, pairs, tmp_path, monkeypatch):
+    folder, dev = pairs
+    config = TrainingConfig(steps=12, lists_per_step=1, hard=2, easy=1)
+    arguments = (toy[0] / "start", mine_folder(folder, tmp_path / "lists", limit=20))
+    monkeypatch.setattr(run._DevSet, "ndcg", lambda self, checkpoint, device: 0.5)
+    stopped = run.train(*arguments, tmp_path / "early", config, dev=[dev], every=2, patience=2)
+    assert stopped["step"] == 6 and stopped["best_dev_ndcg"] == 0.5  # the first look, and two without a better one
+
+    whole = run.train(*arguments, tmp_path / "whole", config, every=4)
+    assert whole["step"] == 12
+    real, calls = Trainer.save_state, []
+
+    def killed(self, path):
+        real(self, path)
+        calls.append(self.step)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(*arguments, tmp_path / "cut", config, every=4)
+    run.train(*arguments, tmp_path / "cut", config, every=4)
+    read = lambda name: open_checkpoint(tmp_path / name / "last").weights(torch.device("cpu"), torch.float32)  # noqa: E731
+    assert torch.equal(read("cut").layers[0].down, read("whole").layers[0].down)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+def test_the_models_own_negatives(toy, pairs, tmp_path):
+    folder, _ = pairs
+    model = Reranker.from_pretrained(toy[0] / "start")
+    own = mine_folder(folder, tmp_path / "own", depth=3, model=model)
+    wide = mine_folder(folder, tmp_path / "wide", depth=6)
+    documents = [json.loads(line)["text"] for line in (own / "documents.jsonl").read_text().splitlines()]
+    for a, b in zip(*((path / "lists.jsonl").read_text().splitlines() for path in (own, wide)), strict=True):
+        a, b = json.loads(a), json.loads(b)
+        ranked = model.rerank(a["query"], [documents[i] for i in b["negatives"]]) if b["negatives"] else []
+        assert a["negatives"] == [b["negatives"][r["index"]] for r in ranked[:3]]
+
+
+def test_bad_pairs_are_named(tmp_path):
+    (tmp_path / "documents.jsonl").write_text('{"id": 1, "text": "x"}\n')
+    (tmp_path / "pairs.jsonl").write_text('{"query": "q", "positive": 1}\n{"query": "q", "positive": 2}\n')
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: expected a query and the id of a known document"):
+        mine_folder(tmp_path, tmp_path / "out")
 
 
 def test_lists_are_drawn_reproducibly_and_in_random_order(toy):

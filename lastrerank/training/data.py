@@ -143,7 +143,7 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
     """
     number: dict[Any, int] = {}
     documents: list[str] = []
-    for where, row in _lines(Path(folder), "documents"):
+    for where, row in json_lines(Path(folder), "documents"):
         if "id" not in row or not isinstance(row.get("text"), str):
             raise ValueError(f"{where}: expected 'id' and 'text'")
         number[row["id"]] = len(documents)
@@ -152,7 +152,7 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
     loaded = {name: np.load(path, mmap_mode="r") for name, path in vectors.items() if path.is_file()}
     query_vectors = loaded.get("query")
     rows = []
-    for index, (where, row) in enumerate(_lines(Path(folder), "lists")):
+    for index, (where, row) in enumerate(json_lines(Path(folder), "lists")):
         try:
             negatives = tuple(number[i] for i in row["negatives"])
             teacher = tuple(map(float, row["teacher"])) if row.get("teacher") is not None else None
@@ -165,7 +165,12 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
     return TrainingData(documents, rows, weights, loaded.get("document"))
 
 
-def _lines(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) for every line of `<stem>.jsonl` or `<stem>.jsonl.gz`.
+
+    Raises:
+        ValueError: neither file is there.
+    """
     for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
         if path.is_file():
             opener: Any = gzip.open if path.suffix == ".gz" else open

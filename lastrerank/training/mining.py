@@ -9,6 +9,8 @@ from typing import Any
 
 from lastrerank.evaluation.first_stage import Bm25
 from lastrerank.progress import Progress
+from lastrerank.request import RerankRequest
+from lastrerank.reranker import Reranker
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,32 @@ def mine_lists(
                     row["teacher"] = [round(float(x), 3) for x in logits]
                 rows.append(row)
     return rows
+
+
+def rank_negatives(
+    model: Reranker,
+    documents: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    depth: int,
+    *,
+    progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """The same lists with the `depth` negatives that the model ranks best, hardest first.
+
+    The model's own mistakes are the second stage's negatives (arXiv 2509.25085, section 3). A teacher's logits go with
+    them.
+    """
+    found = []
+    with Progress("ranking negatives", "lists", progress) as bar:
+        bar.add_total(len(rows))
+        for start in range(0, len(rows), 16):
+            group = rows[start : start + 16]
+            requests = [RerankRequest(row["query"], [documents[i] for i in row["negatives"]]) for row in group]
+            for row, results in zip(group, model.rerank_many(requests, progress=False), strict=True):
+                kept = [result["index"] for result in results[:depth]]
+                new = row | {"negatives": [row["negatives"][i] for i in kept]}
+                if "teacher" in row:
+                    new["teacher"] = [row["teacher"][0], *(row["teacher"][i + 1] for i in kept)]
+                found.append(new)
+            bar.advance(len(group))
+    return found

@@ -29,6 +29,8 @@ class TrainingConfig:
     hard and easy: negatives per list, mined and random; during the first `easy_start` of the steps half of the hard
     ones are random instead. doc_tokens: documents are cut here. dual and similar are applied to a random half and a
     random eighth of the lists (they change the prompt). temperature falls linearly from the first to the second.
+    lora_rank: 0 trains everything; else the decoder's linears get updates `lora_alpha / rank * B A`, and nothing
+    else but the projector is trained (the paper's first stage: rank 16, alpha 32).
     """
 
     steps: int = 1000
@@ -49,6 +51,8 @@ class TrainingConfig:
     similar: float = 0.85
     distill: float = 0.0
     embedding: float = 0.0
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
     seed: int = 0
 
 
@@ -68,14 +72,20 @@ class Trainer:
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
         state = checkpoints.state_dict(checkpoint.config, loaded)
-        self.parameters = {name: t.detach().float().clone().requires_grad_() for name, t in state.items()}
+        self.parameters = {name: t.detach().float().clone() for name, t in state.items()}
+        self.low_rank = self._low_rank_updates()
+        trained = {n: p for n, p in self.parameters.items() if not self.low_rank or n.startswith("projector.")}
+        trained |= self.low_rank
+        for parameter in trained.values():
+            parameter.requires_grad_()
         template = TEMPLATES[checkpoint.config.template]
         self.encoder = PromptEncoder(checkpoint.tokenizer, template)
         self.dual_encoder = PromptEncoder(checkpoint.tokenizer, GGUF)
         self.operations = ReferenceOperations()
-        embedding = [p for n, p in self.parameters.items() if "embed_tokens" in n]
-        matrices = [p for n, p in self.parameters.items() if p.ndim == 2 and "embed_tokens" not in n]
-        vectors = [p for p in self.parameters.values() if p.ndim == 1]
+        self._trained = list(trained.values())
+        embedding = [p for n, p in trained.items() if "embed_tokens" in n]
+        matrices = [p for n, p in trained.items() if p.ndim == 2 and "embed_tokens" not in n]
+        vectors = [p for p in trained.values() if p.ndim == 1]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": embedding, "weight_decay": 0.0, "scale": config.embedding_rate},
@@ -98,7 +108,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             losses, tokens = self._accumulate()
-            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+            norm = float(torch.nn.utils.clip_grad_norm_(self._trained, 1.0))
             if not math.isfinite(norm):
                 raise RuntimeError(f"step {self.step}: the gradient is not finite ({losses})")
             self.optimizer.step()
@@ -177,9 +187,32 @@ class Trainer:
             losses["embedding"] = (both[0] + both[1]) / 2
         return losses, len(block.ids)
 
+    def _low_rank_updates(self) -> dict[str, torch.Tensor]:
+        """For every linear of the decoder A `[r, in]`, random, and B `[out, r]`, zero; none for rank 0."""
+        rank, generator = self.config.lora_rank, torch.Generator().manual_seed(self.config.seed)
+        updates: dict[str, torch.Tensor] = {}
+        for name, weight in self.parameters.items():
+            if rank and name.endswith("_proj.weight"):
+                out, width = weight.shape
+                a = torch.randn(rank, width, generator=generator) * width**-0.5
+                updates[f"{name}.lora_a"] = a.to(self.device)
+                updates[f"{name}.lora_b"] = torch.zeros(out, rank, device=self.device)
+        return updates
+
+    def merged(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the checkpoint as it is now, low-rank updates added; differentiable."""
+        if not self.low_rank:
+            return self.parameters
+        scale = self.config.lora_alpha / self.config.lora_rank
+        return {
+            name: weight + scale * (self.low_rank[f"{name}.lora_b"] @ self.low_rank[f"{name}.lora_a"])
+            if f"{name}.lora_a" in self.low_rank else weight
+            for name, weight in self.parameters.items()
+        }  # fmt: skip
+
     def weights(self) -> ModelWeights:
         """The parameters as a model's weights, packed by differentiable concatenation."""
-        p, config = self.parameters, self.checkpoint.config
+        p, config = self.merged(), self.checkpoint.config
         layers = []
 
         def qkv(attn: str) -> torch.Tensor:
@@ -211,14 +244,15 @@ class Trainer:
         name = str(dtype).removeprefix("torch.")
         raw = {**self.checkpoint.raw_config, "dtype": name}
         raw["lastrerank"] = {k: v for k, v in (raw.get("lastrerank") or {}).items() if k != "random"}
-        state = {n: t.detach().to("cpu", dtype) for n, t in self.parameters.items()}
+        state = {n: t.detach().to("cpu", dtype) for n, t in self.merged().items()}
         checkpoints.save(folder, raw, self.checkpoint.tokenizer, self.checkpoint.config.max_context, state)
 
     def save_state(self, path: str | Path) -> None:
         """Write what `load_state` needs to go on exactly where this trainer is."""
         partial = Path(path).with_suffix(".partial")
         state = {"step": self.step, "config": asdict(self.config), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"parameters": {n: t.detach() for n, t in self.parameters.items()}}, partial)
+        tensors = {n: t.detach() for n, t in (self.parameters | self.low_rank).items()}
+        torch.save(state | {"parameters": tensors}, partial)
         partial.replace(path)
 
     def load_state(self, path: str | Path) -> None:
@@ -235,8 +269,8 @@ class Trainer:
                     f"this recipe has {getattr(self.config, field.name)!r}"
                 )
         with torch.no_grad():
-            for name, tensor in state["parameters"].items():
-                self.parameters[name].copy_(tensor)
+            for name, tensor in (self.parameters | self.low_rank).items():
+                tensor.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 

@@ -1,0 +1,205 @@
+"""`lastrerank train`: from raw pairs or lists to a checkpoint, resumed if interrupted, watched on dev sets.
+
+The output folder holds `config.json` (the recipe), `log.jsonl`, `state.pt`, `progress.png`, `last/` and, with dev sets,
+`best/`: the checkpoint of the best dev nDCG@10 so far, which is what early stopping keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lastrerank.checkpoint import open_checkpoint
+from lastrerank.evaluation.beir import BeirDataset, read_beir
+from lastrerank.evaluation.run import Ranking, bm25_candidates, evaluate_ranking, ordered
+from lastrerank.progress import Progress
+from lastrerank.reranker import Reranker
+from lastrerank.training.data import json_lines, read_training_data
+from lastrerank.training.mining import Pair, mine_lists, rank_negatives
+from lastrerank.training.trainer import Trainer, TrainingConfig
+
+# Dev sets: a seeded sample of judged queries, BM25's best, in random order, so that the first stage's order is no help.
+DEV_QUERIES, DEV_DEPTH = 50, 20
+
+
+def train(
+    start: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: TrainingConfig,
+    *,
+    weights: Mapping[str, float] | None = None,
+    dev: Sequence[str | os.PathLike[str]] = (),
+    every: int = 200,
+    patience: int | None = None,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Train a checkpoint on lists, from where an interrupted training in `output` stopped.
+
+    Args:
+        start: checkpoint to begin with.
+        data: folder of lists (see `lastrerank.training.data`); one of raw pairs is mined into `output/lists` first.
+        output: folder for everything that is written.
+        config: the recipe.
+        weights: relative frequency of each pool of lists.
+        dev: BEIR-format folders with a `dev` split, scored every `every` steps.
+        patience: stop after this many looks at dev without a new best.
+        device: torch device.
+
+    Returns:
+        The last line of the log: step, and with dev sets their nDCG@10 and the best mean so far.
+
+    Raises:
+        ValueError: data are malformed, or `output` holds a training by another recipe.
+    """
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    lists = Path(data)
+    if not any((lists / f"lists.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
+        lists = mine_folder(data, target / "lists", progress=progress)
+    training_data = read_training_data(lists, dict(weights) if weights else None)
+    trainer = Trainer(open_checkpoint(start), training_data, config, device)
+    state, log_path = target / "state.pt", target / "log.jsonl"
+    records: list[dict[str, Any]] = []
+    if state.is_file():
+        trainer.load_state(state)
+        records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
+        log_path.write_text("".join(json.dumps(row) + "\n" for row in records))
+    (target / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
+    best, since = _best(records)
+    with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress) as bar:
+        bar.add_total(config.steps - trainer.step)
+        while trainer.step < config.steps and (patience is None or since < patience):
+            before = trainer.step
+            trainer.train(log, until=trainer.step + every)
+            bar.advance(trainer.step - before)
+            trainer.save_checkpoint(target / "last")
+            if sets:
+                scores = {s.dataset.name: s.ndcg(target / "last", device) for s in sets}
+                mean = sum(scores.values()) / len(sets)
+                row = {"step": trainer.step, "dev": scores, "dev_mean": mean}
+                since += 1
+                if mean > best:
+                    best, since = mean, 0
+                    shutil.rmtree(target / "best", ignore_errors=True)
+                    shutil.copytree(target / "last", target / "best")
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            trainer.save_state(state)
+            plot(_read_log(log_path), target / "progress.png")
+    result = {"step": trainer.step, "output": str(target)}
+    return result | ({"best_dev_ndcg": best, **_read_log(log_path)[-1]} if sets else {})
+
+
+class _DevSet:
+    def __init__(self, dataset: BeirDataset) -> None:
+        self.dataset = dataset
+        self.candidates: Ranking = ordered(bm25_candidates(dataset, DEV_DEPTH), "random")
+
+    def ndcg(self, checkpoint: Path, device: str) -> float:
+        reranker = Reranker.from_pretrained(checkpoint, device=device)
+        cap = min(256, reranker.config.max_doc_length)
+        results = reranker.rerank_many(
+            [{"query": self.dataset.queries[q], "documents": [self.dataset.documents[d] for d in names],
+              "max_doc_length": cap} for q, names in self.candidates.items()], progress=False,
+        )  # fmt: skip
+        ranking = {
+            q: [names[r["index"]] for r in rows]
+            for (q, names), rows in zip(self.candidates.items(), results, strict=True)
+        }
+        return evaluate_ranking(self.dataset, ranking)[0]["nDCG@10"]
+
+
+def mine_folder(
+    pairs: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    depth: int = 20,
+    limit: int | None = None,
+    model: Reranker | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Path:
+    """Raw pairs to lists: BM25's negatives, or with a model the hardest of them in its eyes.
+
+    Args:
+        pairs: folder with `pairs.jsonl` (`query`, `positive` = a document's id, optionally `pool`, or `source` and
+            `lang`, which then name the pool) and `documents.jsonl` (`id`, `text`), plain or gzip.
+        output: folder for `lists.jsonl` and `documents.jsonl`.
+        depth: negatives kept.
+        limit: at most this many pairs, a seeded sample.
+        model: reranks `2 * depth` of BM25's and keeps its best.
+
+    Raises:
+        ValueError: a file is missing or malformed.
+    """
+    documents: list[str] = []
+    numbers: dict[Any, int] = {}
+    for _, row in json_lines(Path(pairs), "documents"):
+        numbers[row["id"]] = len(documents)
+        documents.append(row["text"])
+    known: list[Pair] = []
+    for where, row in json_lines(Path(pairs), "pairs"):
+        if row.get("positive") not in numbers or not row.get("query"):
+            raise ValueError(f"{where}: expected a query and the id of a known document as positive")
+        pool = row.get("pool") or "/".join(filter(None, (row.get("source"), row.get("lang")))) or "all"
+        known.append(Pair(row["query"], numbers[row["positive"]], pool))
+    if limit is not None and limit < len(known):
+        known = random.Random(seed).sample(known, limit)
+    rows = mine_lists(documents, known, depth=depth if model is None else 2 * depth, progress=progress)
+    if model is not None:
+        rows = rank_negatives(model, documents, rows, depth, progress=progress)
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    with (target / "documents.jsonl").open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(documents))
+    with (target / "lists.jsonl").open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return target
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Losses a step, smoothed, and dev nDCG@10."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    steps = [row for row in records if "grad_norm" in row]
+    window = max(1, len(steps) // 50)
+    for name in ("rank", "disperse", "dual", "similar", "distill", "embedding"):
+        own = [(row["step"], row[name]) for row in steps if name in row]
+        means = [sum(v for _, v in own[i : i + window]) / len(own[i : i + window]) for i in range(0, len(own), window)]
+        if own:
+            above.plot([own[i][0] for i in range(0, len(own), window)], means, label=name)
+    above.set_ylabel(f"loss, means of {window} steps")
+    above.legend(fontsize=8)
+    looks = [row for row in records if "dev" in row]
+    for name in looks[0]["dev"] if looks else ():
+        below.plot([row["step"] for row in looks], [row["dev"][name] for row in looks], marker=".", label=name)
+    if looks:
+        below.legend(fontsize=8)
+    below.set_ylabel("dev nDCG@10, random order")
+    below.set_xlabel("step")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _best(records: Sequence[dict[str, Any]]) -> tuple[float, int]:
+    """Best dev mean so far, and how many looks ago it was."""
+    means = [row["dev_mean"] for row in records if "dev_mean" in row]
+    return (max(means), len(means) - 1 - means.index(max(means))) if means else (float("-inf"), 0)
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
