@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lastrerank import ops
 from lastrerank.checkpoint import Checkpoint
 from lastrerank.graphs import GraphedModel
 from lastrerank.model import Model
-from lastrerank.packing import PackedBatch, pack, readout
+from lastrerank.packing import pack, readout
 from lastrerank.progress import Progress
 from lastrerank.prompt import TEMPLATES, CutText, EncodedBlock, PromptEncoder, PromptTemplate
 from lastrerank.request import BLOCK_SIZE, Document, RerankRequest
@@ -188,7 +188,7 @@ class Reranker:
             RerankRequest.of(request, "request" if single else f"requests[{i}]") for i, request in enumerate(requests)
         ]
         for i, request in enumerate(checked):
-            self._caps(request, "" if single else f"requests[{i}].")
+            self.check_caps(request, "" if single else f"requests[{i}].")
         scored = self.score_encoded(
             (self.encode(request) for request in checked), max_batch_tokens=max_batch_tokens, progress=progress
         )
@@ -252,7 +252,7 @@ class Reranker:
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """Tokenise a checked request and lay its documents out in blocks. Thread-safe, touches no device."""
-        query_cap, doc_cap = self._caps(request)
+        query_cap, doc_cap = self.check_caps(request)
         query = self.encoder.cut([request.query], query_cap)[0]
         documents = self.encoder.cut(request.texts, doc_cap)
         capacity = self.config.max_context - 2 * query.length
@@ -295,14 +295,12 @@ class Reranker:
         with Progress("reranking", "token layers", progress) as bar:
             for group in _passes(_blocks_of(requests, unfinished), 1 if self.deterministic else budget):
                 bar.add_total(sum(len(block.ids) for _, block in group) * self.config.num_layers)
-                batch = pack([block for _, block in group], self.device)
-                rows = self._hidden_states(batch, bar)
-                counts = [len(block.doc_rows) + 1 for _, block in group]
-                for (number, _), part in zip(group, rows.split(counts), strict=True):
+                parts = self.read_rows([block for _, block in group], on_layer=bar.advance)
+                for (number, _), part in zip(group, parts, strict=True):
                     hidden.setdefault(number, []).append(part)
                 done = [n for n, r in unfinished.items() if r.blocks and len(hidden.get(n, ())) == len(r.blocks)]
                 for together in ([n] for n in done) if self.deterministic else [done]:
-                    scored = self._score(
+                    scored = self.score_read_rows(
                         [unfinished.pop(n) for n in together], [part for n in together for part in hidden.pop(n)]
                     )
                     results.update(zip(together, scored, strict=True))
@@ -310,16 +308,29 @@ class Reranker:
             results[number] = Scored(np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
         return [results[number] for number in sorted(results)]
 
-    def _hidden_states(self, batch: PackedBatch, bar: Progress) -> torch.Tensor:
-        """By a captured graph where one holds the pass."""
+    @torch.inference_mode()
+    def read_rows(
+        self, blocks: Sequence[EncodedBlock], on_layer: Callable[[int], None] | None = None
+    ) -> list[torch.Tensor]:
+        """One packed pass: of each block the residual stream `[N + 1, D]` at its N documents' rows and its query's.
+
+        on_layer: as `Model.hidden_states`, for progress. A captured CUDA graph is replayed where one holds the pass.
+        """
+        batch = pack(blocks, self.device)
         rows = None if self._graphs is None else self._graphs.hidden_states(batch)
         if rows is None:
-            return self.model.hidden_states(batch, on_layer=bar.advance)
-        bar.advance(batch.num_tokens * self.config.num_layers)
-        return rows
+            rows = self.model.hidden_states(batch, on_layer=on_layer)
+        elif on_layer is not None:
+            on_layer(batch.num_tokens * self.config.num_layers)
+        return list(rows.split([len(block.doc_rows) + 1 for block in blocks]))
 
-    def _score(self, requests: Sequence[EncodedRequest], hidden: Sequence[torch.Tensor]) -> list[Scored]:
-        """Readout of complete requests from their blocks' read rows, and the one copy to the host."""
+    @torch.inference_mode()
+    def score_read_rows(self, requests: Sequence[EncodedRequest], hidden: Sequence[torch.Tensor]) -> list[Scored]:
+        """Readout of complete requests from the read rows of all their blocks, in order; one copy to the host.
+
+        Raises:
+            RuntimeError: a score is not finite (the dtype overflowed).
+        """
         if not requests:
             return []
         counts = [len(block.doc_rows) for request in requests for block in request.blocks]
@@ -347,7 +358,7 @@ class Reranker:
             results.append(Scored((total / request.request.orders).astype(np.float32), own))
         return results
 
-    def _caps(self, request: RerankRequest, prefix: str = "") -> tuple[int, int]:
+    def check_caps(self, request: RerankRequest, prefix: str = "") -> tuple[int, int]:
         query_cap = request.max_query_length or self.config.max_query_length
         doc_cap = request.max_doc_length or self.config.max_doc_length
         if 2 * query_cap + doc_cap > self.config.max_context:

@@ -1,0 +1,222 @@
+"""The engine: answers are those of each request alone, however many there are and whatever fails beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+
+from lastrerank import Reranker, RerankRequest
+from lastrerank.engine import ClosedError, DeadlineError, Engine, OverloadedError
+
+
+def requests_of(documents, count, seed=0):
+    rng = random.Random(seed)
+    return [
+        RerankRequest(f"query {i}", rng.sample(documents, rng.randint(1, 6)), block_size=rng.choice([2, 125]))
+        for i in range(count)
+    ]
+
+
+def assert_same(results, expected, tolerance=1e-6):
+    a, b = ({r["index"]: r["relevance_score"] for r in rows} for rows in (results, expected))
+    assert a.keys() == b.keys() and all(abs(a[i] - b[i]) <= tolerance for i in a)
+
+
+@pytest.fixture
+def slow(small_reranker, monkeypatch):
+    """Passes that wait for permission."""
+    gate, real = threading.Event(), small_reranker.read_rows
+    monkeypatch.setattr(small_reranker, "read_rows", lambda *a, **k: (gate.wait(30), real(*a, **k))[1])
+    return small_reranker, gate
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+
+
+def test_many_threads_get_what_each_would_get_alone(small_reranker, documents):
+    requests = requests_of(documents, 40)
+    with Engine(small_reranker, max_batch_tokens=2000) as engine:
+        futures = [None] * len(requests)
+
+        def ask(start):
+            for i in range(start, len(requests), 4):
+                futures[i] = engine.submit(requests[i])
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        for request, future in zip(requests, futures, strict=True):
+            expected = small_reranker.rerank_many([request])[0]
+            answer = future.result(60)
+            assert_same(answer.results, expected)
+            assert [r["document"] for r in answer.results] == [request.documents[r["index"]] for r in answer.results]
+            assert answer.tokenise_seconds > 0 and answer.inference_seconds > 0 and answer.queue_seconds >= 0
+    assert engine.queued_tokens == engine.pending == 0
+    assert engine.statistics.answered == 40 and engine.statistics.passes < engine.statistics.blocks
+
+
+def test_deterministic_answers_are_bitwise(small, documents):
+    reranker = Reranker.from_pretrained(small, deterministic=True)
+    requests = requests_of(documents, 12)
+    alone = reranker.rerank_many(requests)
+    with Engine(reranker) as engine:
+        futures = [engine.submit(request) for request in requests]
+        assert [future.result(60).results for future in futures] == alone
+
+
+def test_async(small_reranker, documents):
+    request = RerankRequest("a query", documents[:3])
+
+    async def main(engine):
+        return await asyncio.gather(*(engine.arerank(request) for _ in range(5)))
+
+    with Engine(small_reranker) as engine:
+        answers = asyncio.run(main(engine))
+    expected = small_reranker.rerank("a query", documents[:3])
+    for answer in answers:
+        assert_same(answer.results, expected)
+
+
+def test_no_documents(small_reranker):
+    with Engine(small_reranker) as engine:
+        assert engine.rerank({"query": "q", "documents": []}).results == []
+
+
+def test_a_large_request_does_not_starve_a_small_one(slow, documents):
+    """Three hundred documents in blocks of 10 are queued first; five queued later are answered long before."""
+    reranker, gate = slow
+    order = []
+    with Engine(reranker, max_batch_tokens=1000, max_queue_tokens=10**6) as engine:
+        large = engine.submit(RerankRequest("large", (documents * 30)[:300], block_size=10))
+        small = engine.submit(RerankRequest("small", documents[:1]))
+        for name, future in (("large", large), ("small", small)):
+            future.add_done_callback(lambda _, name=name: order.append((name, engine.statistics.passes)))
+        wait_until(lambda: engine._encoding == 0)
+        gate.set()
+        large.result(120)
+    assert [name for name, _ in order] == ["small", "large"]
+    assert order[0][1] <= 3 < 20 < order[1][1]
+
+
+def test_the_queue_is_bounded(slow, documents):
+    reranker, gate = slow
+    with Engine(reranker, max_batch_tokens=500, max_queue_tokens=2000) as engine:
+        accepted = [engine.submit({"query": "q", "documents": ["word " * 400] * 5})]  # an empty queue takes anything
+        with pytest.raises(OverloadedError, match="at most 2000 may be") as refused:
+            [accepted.append(engine.submit({"query": "q", "documents": documents[:2]})) for _ in range(20)]
+        assert refused.value.retry_after >= 1
+        gate.set()
+        for future in accepted:
+            assert future.result(60).results
+        assert engine.rerank({"query": "q", "documents": documents[:2]}).results  # room again
+    assert engine.statistics.refused == 1
+
+
+def test_cancelled_and_late_requests_are_dropped(slow, documents):
+    reranker, gate = slow
+    with Engine(reranker, max_batch_tokens=300) as engine:
+        first = engine.submit({"query": "first", "documents": documents[:1]})
+        wait_until(lambda: engine._encoding == 0)
+        cancelled = engine.submit({"query": "cancelled", "documents": documents[:1]})
+        late = engine.submit({"query": "late", "documents": documents[:1]}, timeout=0.01)
+        wait_until(lambda: engine._encoding == 0)
+        assert cancelled.cancel()
+        time.sleep(0.02)
+        gate.set()
+        with pytest.raises(CancelledError):
+            cancelled.result(60)
+        with pytest.raises(DeadlineError):
+            late.result(60)
+        assert first.result(60).results
+    assert engine.statistics.dropped == 1 and engine.statistics.passes == 1 and engine.queued_tokens == 0
+
+
+def test_who_fails_fails_alone(small_reranker, documents, monkeypatch):
+    """A block that can't be scored; everyone packed with it is answered."""
+    real = small_reranker.read_rows
+    poisoned = small_reranker.encode(RerankRequest("poison", documents[:1])).blocks[0].ids
+
+    def read_rows(blocks, **arguments):
+        if any(block.ids is poisoned or list(block.ids) == list(poisoned) for block in blocks):
+            raise RuntimeError("boom")
+        return real(blocks, **arguments)
+
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    requests = [*requests_of(documents, 7), RerankRequest("poison", documents[:1]), *requests_of(documents, 3, 1)]
+    with Engine(small_reranker, max_batch_tokens=10**6, max_wait=0.2) as engine:
+        futures = [engine.submit(request) for request in requests]
+        for n, (request, future) in enumerate(zip(requests, futures, strict=True)):
+            if n == 7:
+                with pytest.raises(RuntimeError, match="boom"):
+                    future.result(60)
+            else:
+                assert_same(future.result(60).results, small_reranker.rerank_many([request])[0])
+        assert engine.statistics.failed == 1 and engine.statistics.splits >= 1 and engine.alive
+
+
+def test_a_pass_out_of_memory_is_split(small_reranker, documents, monkeypatch):
+    """Also within one request: two blocks at once are too many."""
+    real, sizes = small_reranker.read_rows, []
+
+    def read_rows(blocks, **arguments):
+        sizes.append(len(blocks))
+        if len(blocks) > 1:
+            raise MemoryError("out of memory")
+        return real(blocks, **arguments)
+
+    request = RerankRequest("q", documents[:7], block_size=2)
+    expected = small_reranker.rerank_many([request])[0]
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    with Engine(small_reranker, max_batch_tokens=10**6) as engine:
+        assert_same(engine.rerank(request).results, expected)
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+def test_closing(slow, documents):
+    reranker, gate = slow
+    engine = Engine(reranker)
+    drained = [engine.submit({"query": f"q{i}", "documents": documents[:2]}) for i in range(3)]
+    threading.Timer(0.1, gate.set).start()
+    engine.close()
+    assert all(future.result(0).results for future in drained)
+    with pytest.raises(ClosedError):
+        engine.submit({"query": "q", "documents": []})
+    assert not engine.alive
+
+    gate.clear()
+    engine = Engine(reranker)
+    abandoned = [engine.submit({"query": f"q{i}", "documents": documents[:2]}) for i in range(3)]
+    threading.Timer(0.1, gate.set).start()
+    engine.close(drain=False)
+    for future in abandoned:
+        with pytest.raises(ClosedError):
+            future.result(0)
+    assert engine.queued_tokens == 0
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(small_reranker, documents, monkeypatch):
+    with Engine(small_reranker) as engine:
+        monkeypatch.setattr(engine, "_next_pass", lambda: 1 / 0)
+        with pytest.raises(ClosedError, match="ZeroDivisionError"):
+            engine.rerank({"query": "q", "documents": documents[:2]})
+        assert not engine.alive
+
+
+def test_bad_requests_are_refused_before_they_are_queued(small_reranker):
+    with Engine(small_reranker) as engine:
+        with pytest.raises(TypeError, match=r"documents\[0\] is a int"):
+            engine.submit({"query": "q", "documents": [1]})
+        with pytest.raises(ValueError, match="don't fit the context"):
+            engine.submit({"query": "q", "documents": ["x"], "max_doc_length": 4096})
+        assert engine.pending == 0
+    with pytest.raises(ValueError, match="max_batch_tokens is 0"):
+        Engine(small_reranker, max_batch_tokens=0)
