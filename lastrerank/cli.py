@@ -157,6 +157,54 @@ def train(
 
 
 @app.command()
+def serve(
+    model: ModelOption = "",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for any free one, which is logged.")] = 8000,
+    model_name: Annotated[str, typer.Option(help="What requests may call the model; default: the folder's name.")] = "",
+    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a pass; default: from the memory.")] = None,
+    max_queue_tokens: Annotated[int | None, typer.Option(help="Tokens that may wait; default: 32 passes.")] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 32 * 2**20,
+    max_documents: Annotated[int, typer.Option(help="Documents of a request.")] = 2000,
+    request_timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 300.0,
+    drain_timeout: Annotated[int, typer.Option(help="Seconds for requests in flight on SIGTERM.")] = 30,
+    deterministic: Annotated[bool, typer.Option(help="Bitwise the same scores alone and in company.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    backend: BackendOption = "auto",
+) -> None:
+    """Serve a model over HTTP: /v1/rerank, /score, /metrics, a page to try it at /. API key: LASTRERANK_API_KEY."""
+    from lastrerank import Reranker
+    from lastrerank.engine import Engine
+
+    try:
+        import uvicorn
+
+        from lastrerank.server import Limits, create_app
+    except ImportError as error:
+        _fail(RuntimeError(f"{error}: pip install 'lastrerank[serve]'"))
+    logging.getLogger("lastrerank").setLevel(logging.INFO)
+    started = time.perf_counter()
+    try:
+        loaded = Reranker.from_pretrained(
+            model or default_model(), device=device, dtype=dtype, backend=backend, deterministic=deterministic
+        )
+        loaded.warmup()
+        engine = Engine(loaded, max_batch_tokens=max_batch_tokens, max_queue_tokens=max_queue_tokens)
+    except (ValueError, TypeError, RuntimeError) as error:
+        _fail(error)
+    name = model_name or loaded.checkpoint.folder.name
+    limits = Limits(max_body=max_body, max_documents=max_documents, request_seconds=request_timeout)
+    application = create_app(
+        engine, model_name=name, api_key=os.environ.get("LASTRERANK_API_KEY") or None, limits=limits
+    )
+    print(f"lastrerank: {name} ready after {time.perf_counter() - started:.2f} s", file=sys.stderr, flush=True)
+    uvicorn.run(
+        application, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=drain_timeout
+    )
+
+
+@app.command()
 def doctor(
     verify: Annotated[str, typer.Option(help="Folder or Hub id to compare with published scores.")] = "",
     device: DeviceOption = "auto",

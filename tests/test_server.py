@@ -1,0 +1,357 @@
+"""The HTTP interface: routes, status codes and headers in process; faults and signals against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from lastrerank import Reranker
+from lastrerank.engine import Engine
+from lastrerank.server import Limits, create_app
+
+QUERY = "how do I print"
+
+
+@contextlib.contextmanager
+def client_of(reranker, engine_arguments=None, **arguments):
+    """A client over an application of its own."""
+    with Engine(reranker, **(engine_arguments or {})) as engine:
+        app = create_app(engine, model_name="small", close_engine=False, **arguments)
+        with SyncClient(app) as client:
+            client.engine = engine
+            yield client
+
+
+class SyncClient:
+    """httpx's in-process transport is asynchronous: one loop on a thread runs it for a plain test."""
+
+    def __init__(self, app):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def start(self, method, path, **arguments):
+        return asyncio.run_coroutine_threadsafe(self.client.request(method, path, **arguments), self.loop)
+
+    def post(self, path, body=None, **arguments):
+        return self.start("POST", path, **({"json": body} if body is not None else {}), **arguments).result(60)
+
+    def get(self, path, **arguments):
+        return self.start("GET", path, **arguments).result(60)
+
+    def __exit__(self, *exc):
+        asyncio.run_coroutine_threadsafe(self.client.aclose(), self.loop).result(10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+@pytest.fixture
+def client(small_reranker):
+    with client_of(small_reranker) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("path", "back"), [("/v1/rerank", True), ("/rerank", True), ("/v2/rerank", False)])
+def test_rerank(client, small_reranker, documents, path, back):
+    sent = [documents[0], {"text": documents[1], "id": 7}, documents[2]]
+    response = client.post(path, {"query": QUERY, "documents": sent, "top_n": 2, "model": "small"})
+    assert response.status_code == 200
+    body = response.json()
+    expected = small_reranker.rerank(QUERY, sent, top_n=2)
+    assert [r["index"] for r in body["results"]] == [r["index"] for r in expected]
+    for result, own in zip(body["results"], expected, strict=True):
+        assert abs(result["relevance_score"] - own["relevance_score"]) <= 1e-6
+        as_sent = sent[result["index"]]
+        document = as_sent if isinstance(as_sent, dict) else {"text": as_sent}
+        assert result.get("document") == (document if back else None)
+        assert "embedding" not in result
+    assert body["object"] == "list" and body["model"] == "small"
+    assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] > 100
+    for name in ("tokenise", "queue", "inference"):
+        assert float(response.headers[f"x-{name}-ms"]) >= 0
+
+
+def test_options(client, small_reranker, documents):
+    sent = documents[:3]
+    turned = client.post("/v2/rerank", {"query": QUERY, "documents": sent, "return_documents": True}).json()
+    assert all("document" in r for r in turned["results"])
+    turned = client.post("/rerank", {"query": QUERY, "documents": sent, "return_documents": False}).json()
+    assert all("document" not in r for r in turned["results"])
+    arguments = {"instruction": "prefer short ones", "max_doc_length": 9, "max_query_length": 3}
+    body = client.post("/rerank", {"query": QUERY, "documents": sent, "return_embeddings": True} | arguments).json()
+    for result, own in zip(body["results"], small_reranker.rerank(QUERY, sent, **arguments, return_embeddings=True),
+                           strict=True):  # fmt: skip
+        assert result["relevance_score"] == pytest.approx(own["relevance_score"], abs=1e-6)
+        assert result["embedding"] == pytest.approx(own["embedding"].tolist(), abs=1e-4)
+    short = client.post("/v2/rerank", {"query": QUERY, "documents": sent, "max_tokens_per_doc": 9}).json()
+    expected = small_reranker.rerank(QUERY, sent, max_doc_length=9)
+    assert [r["index"] for r in short["results"]] == [r["index"] for r in expected]
+    clamped = client.post("/rerank", {"query": QUERY, "documents": sent, "top_n": 99})
+    assert len(clamped.json()["results"]) == 3
+
+
+def test_score(client, small_reranker, documents):
+    one = client.post("/score", {"text_1": QUERY, "text_2": documents[:3]}).json()
+    expected = small_reranker.predict([(QUERY, d) for d in documents[:3]])
+    assert [row["score"] for row in one["data"]] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert [row["index"] for row in one["data"]] == [0, 1, 2]
+    pairs = [("a", documents[0]), ("b", documents[1]), ("a", documents[2])]
+    many = client.post("/score", {"text_1": [a for a, _ in pairs], "text_2": [b for _, b in pairs]}).json()
+    assert [row["score"] for row in many["data"]] == pytest.approx(small_reranker.predict(pairs).tolist(), abs=1e-6)
+    assert client.post("/score", {"text_1": ["a", "b"], "text_2": ["c"] * 3}).status_code == 422
+    assert client.post("/score", {"text_1": [], "text_2": []}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"documents": []}, 400, "documents"),
+        ({"top_n": 0}, 422, "top_n"),
+        ({"top_n": "3"}, 422, "top_n"),
+        ({"query": 5}, 422, "query"),
+        ({"query": ""}, 422, "query"),
+        ({"documents": "text"}, 422, "documents"),
+        ({"documents": [{"title": "x"}]}, 422, "documents.0"),
+        ({"documents": ["a", 3]}, 422, "documents.1"),
+        ({"documents": ["\ud800"]}, 422, None),
+        ({"max_doc_length": 10**9}, 422, None),
+        ({"model": "another"}, 404, "model"),
+        ({"documents": ["x"] * 51}, 413, "documents"),
+        ({"documents": ["fine", "word " * 400], "truncation": False}, 413, "documents[1]"),
+    ],
+    ids=str,
+)
+def test_bad_requests(small_reranker, change, status, param):
+    with client_of(small_reranker, limits=Limits(max_documents=50)) as client:
+        content = json.dumps({"query": QUERY, "documents": ["x"]} | change)
+        response = client.post("/v1/rerank", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == status, response.text
+        error = response.json()["error"]
+        assert error.keys() == {"message", "type", "param"} and error["message"]
+        assert (error["param"] or "").startswith(param or "")
+        assert client.engine.pending == 0
+        assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"query": "\xff\xfe", "documents": ["x"]}', b"[" * 100_000 + b"]" * 100_000,
+     b'{"query": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", b'{"query": 1e999, "documents": ["x"]}',
+     b"\x00" * 100],
+    ids=["empty", "cut off", "a list", "null", "not UTF-8", "deep list", "deep object", "infinite", "zeros"],
+)  # fmt: skip
+def test_malformed_bodies(client, content):
+    response = client.post("/v1/rerank", content=content, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422), response.text
+    assert response.json()["error"]["message"]
+    assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
+
+
+def test_large_bodies_are_refused(small_reranker):
+    with client_of(small_reranker, limits=Limits(max_body=1000)) as client:
+        big = {"query": QUERY, "documents": ["x" * 2000]}
+        assert client.post("/v1/rerank", big).status_code == 413
+
+        async def pieces():
+            for _ in range(50):
+                yield b"x" * 100
+
+        assert client.post("/v1/rerank", content=pieces()).status_code == 413  # no length declared
+        assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
+
+
+def test_api_key(small_reranker):
+    with client_of(small_reranker, api_key="secret") as client:
+        body = {"query": QUERY, "documents": ["x"]}
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer sécret".encode()}):
+            refused = client.post("/v1/rerank", body, headers=headers)
+            assert refused.status_code == 401 and refused.json()["error"]["type"] == "authentication"
+        assert client.post("/v1/rerank", body, headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/health").status_code == 200 and client.get("/info").status_code == 401
+
+
+def test_other_routes(client):
+    client.post("/v1/rerank", {"query": QUERY, "documents": ["a", "b"]})
+    client.post("/v1/rerank", {"query": QUERY, "documents": []})
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").json()["status"] == "ready"
+    assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+    assert client.get("/info").json()["max_doc_length"] == 256
+    metrics = client.get("/metrics").text
+    assert 'lastrerank_requests_total{method="POST",route="/v1/rerank",status="200"} 1.0' in metrics
+    assert 'lastrerank_requests_total{method="POST",route="/v1/rerank",status="400"} 1.0' in metrics
+    assert "lastrerank_engine_answered_total 1.0" in metrics and "lastrerank_queued_tokens 0.0" in metrics
+    page = client.get("/")
+    assert "<form" in page.text and "http" not in page.text.split("</title>")[1]  # nothing from elsewhere
+    missing = client.get("/nothing")
+    assert missing.status_code == 404 and missing.json()["error"]["message"]
+
+
+def test_the_description_says_what_is_served(client):
+    schema = client.get("/openapi.json").json()
+    assert schema["openapi"].startswith("3.")
+    posts = {path for path, methods in schema["paths"].items() if "post" in methods}
+    assert posts == {"/v1/rerank", "/rerank", "/v2/rerank", "/score"}
+    assert {"400", "413", "422", "429"} <= schema["paths"]["/v1/rerank"]["post"]["responses"].keys()
+    assert schema["components"]["schemas"]["ErrorResponse"]
+
+
+def test_overload_is_answered_at_once(small_reranker, monkeypatch):
+    gate, real = threading.Event(), small_reranker.read_rows
+    monkeypatch.setattr(small_reranker, "read_rows", lambda *a, **k: (gate.wait(30), real(*a, **k))[1])
+    with client_of(small_reranker, {"max_queue_tokens": 1000}) as client:
+        body = {"query": QUERY, "documents": ["some words here " * 20] * 4}
+        waiting = client.start("POST", "/v1/rerank", json=body)
+        while client.engine.pending == 0:
+            time.sleep(0.005)
+        started = time.perf_counter()
+        refused = client.post("/v1/rerank", body)
+        assert time.perf_counter() - started < 5
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "overloaded"
+        gate.set()
+        assert waiting.result(60).status_code == 200
+        assert client.post("/v1/rerank", body).status_code == 200
+
+
+def test_a_failure_has_an_id_and_the_server_goes_on(small_reranker, monkeypatch, caplog):
+    with client_of(small_reranker) as client:
+        with monkeypatch.context() as broken:
+            broken.setattr(small_reranker, "read_rows", lambda *a, **k: 1 / 0)
+            failed = client.post("/v1/rerank", {"query": QUERY, "documents": ["the secret text"]})
+        assert failed.status_code == 500
+        number = re.fullmatch(r"internal error (\w+)", failed.json()["error"]["message"])[1]
+        assert number in caplog.text and "secret text" not in caplog.text and "secret" not in failed.text
+        assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
+
+
+def test_too_late_is_504(small_reranker, monkeypatch):
+    real = small_reranker.read_rows
+    monkeypatch.setattr(small_reranker, "read_rows", lambda *a, **k: (time.sleep(0.5), real(*a, **k))[1])
+    with client_of(small_reranker, limits=Limits(request_seconds=0.1)) as client:
+        assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 504
+
+
+# A real server, in a process of its own
+
+
+@contextlib.contextmanager
+def serving(folder, *arguments, patch=""):
+    """`lastrerank serve`, with a line of Python run first; yields its address and process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"{patch}\nimport sys; from lastrerank.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", script, "serve", "--model", str(folder), "--port", str(port), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"LASTRERANK_API_KEY": ""})
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{address}/ready").status_code == 200:
+                    break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        yield address, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+SLOW = """
+import time; from lastrerank import Reranker
+real = Reranker.read_rows
+Reranker.read_rows = lambda self, blocks, **k: (time.sleep(0.3), real(self, blocks, **k))[1]
+"""
+
+
+def test_real_server_faults(small, documents):
+    body = {"query": QUERY, "documents": documents[:2]}
+    with serving(small, "--max-batch-tokens", "200", "--max-body", "100000", patch=SLOW) as (address, process):
+        expected = httpx.post(f"{address}/rerank", json=body, timeout=60).json()["results"]
+        local = Reranker.from_pretrained(small).rerank(QUERY, documents[:2])
+        assert [r["index"] for r in expected] == [r["index"] for r in local]
+
+        # Clients that leave: their work is dropped, the next one is served.
+        for _ in range(20):
+            with contextlib.suppress(httpx.TimeoutException):
+                httpx.post(f"{address}/rerank", json=body, timeout=0.02)
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{address}/ready", timeout=20).json()["queued_tokens"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        dropped = re.search(r"lastrerank_engine_dropped_total (\d+)", httpx.get(f"{address}/metrics").text)
+        assert int(dropped[1]) >= 10
+        assert httpx.post(f"{address}/rerank", json=body, timeout=60).json()["results"] == expected
+
+        # A body of 50 MB, declared and not sent, and one sent.
+        port = int(address.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 52428800\r\n\r\n")
+            assert b" 413 " in raw.recv(1000)
+        with contextlib.suppress(httpx.TransportError):  # the server may close before all is sent
+            assert httpx.post(f"{address}/rerank", content=b"x" * 50_000_000, timeout=60).status_code == 413
+
+        # Nonsense on the wire.
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
+            raw.recv(1000)
+        assert httpx.post(f"{address}/rerank", json=body, timeout=60).status_code == 200
+
+        # SIGTERM with requests in flight: they are answered, then the process ends.
+        answers = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(httpx.post(f"{address}/rerank", json=body, timeout=60)))
+            for _ in range(4)
+        ]
+        [thread.start() for thread in threads]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        [thread.join() for thread in threads]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert all(answer.json()["results"] == expected for answer in answers)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+
+
+def test_slow_bodies_are_cut_off(small_reranker):
+    """One byte now and then: refused after the time limit, whatever is still to come."""
+
+    async def main():
+        with Engine(small_reranker) as engine:
+            app = create_app(engine, model_name="x", close_engine=False, limits=Limits(body_seconds=0.3))
+            sent = []
+
+            async def receive():
+                await asyncio.sleep(0.1)
+                return {"type": "http.request", "body": b" ", "more_body": True}
+
+            async def send(message):
+                sent.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": "/rerank", "raw_path": b"/rerank", "query_string": b"",
+                     "headers": [], "http_version": "1.1", "scheme": "http", "client": ("x", 1), "server": ("x", 2),
+                     "root_path": "", "asgi": {"version": "3.0"}}  # fmt: skip
+            started = time.perf_counter()
+            await app(scope, receive, send)
+            assert 0.2 < time.perf_counter() - started < 10
+            return sent
+
+    sent = asyncio.run(main())
+    assert sent[0]["status"] == 408
