@@ -1,0 +1,54 @@
+"""Haystack: a ranker component; `pip install 'lastrerank[haystack]'`.
+
+Haystack 3 loads saved pipelines from modules it has been told to trust:
+`Pipeline.loads(text, allowed_modules=["lastrerank.integrations.haystack"])`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from haystack import Document, component, default_from_dict, default_to_dict
+
+from lastrerank.reranker import Reranker
+
+
+@component
+class LastrerankRanker:
+    """Ranks documents by relevance to a query.
+
+    Args:
+        model: folder, bundled name or Hub id; loaded by `warm_up`, or by the first run.
+        top_k: kept; None for all.
+        arguments: of `Reranker.from_pretrained`.
+    """
+
+    def __init__(self, model: str, top_k: int | None = 10, arguments: dict[str, Any] | None = None) -> None:
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k is {top_k}, expected at least 1")
+        self.model, self.top_k, self.arguments = model, top_k, arguments or {}
+        self._reranker: Reranker | None = None
+
+    def warm_up(self) -> None:
+        """Load the model; does nothing the second time."""
+        if self._reranker is None:
+            self._reranker = Reranker.from_pretrained(self.model, **self.arguments)
+
+    @component.output_types(documents=list[Document])
+    def run(self, query: str, documents: list[Document], top_k: int | None = None) -> dict[str, list[Document]]:
+        """Copies of the best documents with our scores, best first; a document without content counts as empty."""
+        self.warm_up()
+        assert self._reranker is not None
+        texts = [document.content or "" for document in documents]
+        results = self._reranker.rerank(query, texts, self.top_k if top_k is None else top_k)
+        return {"documents": [replace(documents[r["index"]], score=r["relevance_score"]) for r in results]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a pipeline's file."""
+        return default_to_dict(self, model=self.model, top_k=self.top_k, arguments=self.arguments)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LastrerankRanker:
+        """From a pipeline's file."""
+        return default_from_dict(cls, data)

@@ -1,0 +1,52 @@
+"""LangChain: a document compressor; `pip install 'lastrerank[langchain]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import run_in_executor
+from pydantic import ConfigDict
+
+from lastrerank.reranker import Reranker
+
+
+class LastrerankRerank(BaseDocumentCompressor):
+    """Ranks retrieved documents and keeps the best, with `relevance_score` in their metadata.
+
+    reranker: or `LastrerankRerank.from_pretrained(id_or_path, top_n=..., **Reranker.from_pretrained's arguments)`.
+    top_n: kept; None for all. instruction: as in `Reranker.rerank`.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    reranker: Reranker
+    top_n: int | None = 3
+    instruction: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, id_or_path: str, *, top_n: int | None = 3, **arguments: Any) -> LastrerankRerank:
+        """Load a checkpoint as `Reranker.from_pretrained` does."""
+        return cls(reranker=Reranker.from_pretrained(id_or_path, **arguments), top_n=top_n)
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """The best `top_n`, best first; the documents given are not changed."""
+        results = self.reranker.rerank(
+            query, [document.page_content for document in documents], self.top_n, instruction=self.instruction
+        )
+        return [
+            documents[r["index"]].model_copy(
+                update={"metadata": documents[r["index"]].metadata | {"relevance_score": r["relevance_score"]}}
+            )
+            for r in results
+        ]
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """The same on a thread."""
+        return await run_in_executor(None, self.compress_documents, documents, query, callbacks)

@@ -1,0 +1,42 @@
+"""LlamaIndex: a node postprocessor; `pip install 'lastrerank[llama-index]'`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+
+from lastrerank.reranker import Reranker
+
+
+class LastrerankRerank(BaseNodePostprocessor):
+    """Ranks nodes by their text as an LLM would see it, keeps the best `top_n`, and gives them our scores.
+
+    Args:
+        model: folder, bundled name or Hub id.
+        top_n: kept; None for all.
+        arguments: of `Reranker.from_pretrained`.
+    """
+
+    model: str = Field(description="Folder, bundled name or Hub id.")
+    top_n: int | None = Field(default=3, description="Nodes kept; None for all.")
+    _reranker: Reranker = PrivateAttr()
+
+    def __init__(self, model: str, top_n: int | None = 3, **arguments: Any) -> None:
+        super().__init__(model=model, top_n=top_n)
+        self._reranker = Reranker.from_pretrained(model, **arguments)
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "LastrerankRerank"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if query_bundle is None:
+            raise ValueError("query_bundle is None, expected a query")
+        texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
+        results = self._reranker.rerank(query_bundle.query_str, texts, self.top_n)
+        return [NodeWithScore(node=nodes[r["index"]].node, score=r["relevance_score"]) for r in results]

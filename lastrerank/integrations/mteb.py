@@ -1,0 +1,49 @@
+"""MTEB: the interface of its cross-encoders, scored listwise; `pip install 'lastrerank[mteb]'`.
+
+The paper's table, for whoever has the weights and the network (`first` holds the first stage's saved predictions):
+
+    model = MtebReranker("jinaai/jina-reranker-v3")
+    task = mteb.get_task("SciFact").convert_to_reranking("first", top_k=100)
+    mteb.evaluate(model, task)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.models.model_meta import ModelMeta
+
+from lastrerank.request import RerankRequest
+from lastrerank.reranker import Reranker
+
+
+class MtebReranker:
+    """Args: model_name, revision, device and other arguments as `Reranker.from_pretrained`."""
+
+    def __init__(
+        self, model_name: str, revision: str | None = None, device: str | None = None, **arguments: Any
+    ) -> None:
+        self.reranker = Reranker.from_pretrained(model_name, revision=revision, device=device or "auto", **arguments)
+        name = model_name if model_name.count("/") == 1 and not Path(model_name).exists() else None
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {"name": name or f"lastrerank/{Path(model_name).name}", "revision": revision or "local"}
+        )
+
+    def predict(
+        self, inputs1: Iterable[Mapping[str, Any]], inputs2: Iterable[Mapping[str, Any]], **task: Any
+    ) -> np.ndarray:
+        """fp32 score of each (query, document) pair; consecutive pairs of one query are scored as one list."""
+        queries, documents = ([text for batch in inputs for text in batch["text"]] for inputs in (inputs1, inputs2))
+        if len(queries) != len(documents):
+            raise ValueError(f"{len(queries)} queries and {len(documents)} documents, expected pairs")
+        starts = [i for i, query in enumerate(queries) if i == 0 or query != queries[i - 1]]
+        ends = [*starts[1:], len(queries)]
+        requests = [RerankRequest(queries[a], documents[a:b]) for a, b in zip(starts, ends, strict=True)]
+        scores = np.empty(len(queries), np.float32)
+        for start, results in zip(starts, self.reranker.rerank_many(requests), strict=True):
+            for result in results:
+                scores[start + result["index"]] = result["relevance_score"]
+        return scores

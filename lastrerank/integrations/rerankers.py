@@ -1,0 +1,42 @@
+"""The `rerankers` library: a ranker with its interface; `pip install 'lastrerank[rerankers]'`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rerankers.documents import Document
+from rerankers.models.ranker import BaseRanker
+from rerankers.results import RankedResults, Result
+from rerankers.utils import prep_docs
+
+from lastrerank.reranker import Reranker
+
+
+class LastrerankRanker(BaseRanker):
+    """Args: model_name_or_path and arguments as `Reranker.from_pretrained`; verbose is the library's."""
+
+    ranking_type = "listwise"
+
+    def __init__(self, model_name_or_path: str, verbose: int = 1, **arguments: Any) -> None:
+        self.verbose = verbose
+        self.model = Reranker.from_pretrained(model_name_or_path, **arguments)
+
+    def rank(
+        self,
+        query: str,
+        docs: str | list[str] | Document | list[Document],
+        doc_ids: list[str] | list[int] | None = None,
+        metadata: list[dict[str, Any]] | None = None,
+    ) -> RankedResults:
+        """All documents as one list, best first."""
+        documents = prep_docs(docs, doc_ids, metadata)
+        found = self.model.rerank(query, [document.text for document in documents])
+        results = [
+            Result(document=documents[r["index"]], score=r["relevance_score"], rank=place)
+            for place, r in enumerate(found, 1)
+        ]
+        return RankedResults(results=results, query=query, has_scores=True)
+
+    def score(self, query: str, doc: str) -> float:
+        """The score of a list of one."""
+        return self.model.rerank(query, [doc])[0]["relevance_score"]
