@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-kernels clean
+.PHONY: demo test lint bench bench-kernels test-integrations test-load clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -32,5 +32,19 @@ bench: .venv/test
 bench-kernels: .venv/test
 	$(BIN)/python -m bench.kernels
 
+# The real libraries, in an environment of their own.
+test-integrations: .venv-integrations/done
+	.venv-integrations/bin/python -m pytest tests/integrations
+
+# Loads on a running server, a minute each, and its memory over 10,000 requests.
+test-load: .venv/test
+	$(BIN)/python -m bench.load
+
+.venv-integrations/done: pyproject.toml constraints.txt
+	test -x .venv-integrations/bin/python || $(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	.venv-integrations/bin/python -m pip install --quiet --editable '.[integrations]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-integrations build dist

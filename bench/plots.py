@@ -65,3 +65,34 @@ def plot_roofline(path: Path) -> Path:
     figure.savefig(target, dpi=110)
     plt.close(figure)
     return target
+
+
+def plot_load(path: Path) -> Path:
+    """Latency and answered requests over offered load: `<path>.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    report = json.loads(path.read_text())
+    rows = [row for row in report["rows"] if row["part"] == "load" and "answered_ms" in row]
+    alone = next(row["answered_per_s"] for row in report["rows"] if row["part"] == "one at a time")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    offered = [row["offered_per_s"] for row in rows]
+    for name in ("p50", "p95", "p99"):
+        left.plot(offered, [row["answered_ms"][name] for row in rows], marker="o", label=name)
+    left.set_yscale("log")
+    left.set_ylabel("milliseconds, answered requests")
+    left.legend()
+    right.plot(offered, [row["answered_per_s"] for row in rows], marker="o", label="answered")
+    refused = [row["refused"] / row["seconds"] for row in rows]
+    right.plot(offered, refused, marker="o", label="refused at once (429)")
+    right.axhline(alone, color="grey", linestyle=":", label="one at a time")
+    right.set_ylabel("requests per second")
+    right.legend()
+    for axes in (left, right):
+        axes.set_xlabel("offered requests per second")
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
