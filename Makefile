@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-kernels test-integrations test-load clean
+.PHONY: demo test lint bench bench-kernels test-integrations test-browser test-load clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -35,6 +35,10 @@ bench-kernels: .venv/test
 # The real libraries, in an environment of their own.
 test-integrations: .venv-integrations/done
 	.venv-integrations/bin/python -m pytest tests/integrations
+
+# The page in a Chromium that is installed (BROWSER_PATH names another).
+test-browser: .venv-integrations/done
+	.venv-integrations/bin/python -m pytest tests/browser
 
 # Loads on a running server, a minute each, and its memory over 10,000 requests.
 test-load: .venv/test

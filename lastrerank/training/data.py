@@ -80,6 +80,11 @@ class TrainingData:
             len(self._by_pool[pool]) if weights is None else weights.get(pool, 0.0) for pool in self._pools
         ]
 
+    @property
+    def pools(self) -> dict[str, list[ListRow]]:
+        """Lists by the name of their pool."""
+        return self._by_pool
+
     def draw(self, seed: int, number: int, hard: int, easy: int, augment: bool = False) -> TrainingList:
         """List `number`: the positive, up to `hard` mined negatives and `easy` random ones, in random order.
 
