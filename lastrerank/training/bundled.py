@@ -147,7 +147,9 @@ def pool_weights(data: TrainingData) -> dict[str, float]:
     return weights
 
 
-def initial_checkpoint(folder: Path, tokenizer: Tokenizer, token_vectors: np.ndarray, data: TrainingData) -> Path:
+def initial_checkpoint(
+    folder: Path, tokenizer: Tokenizer, token_vectors: np.ndarray, data: TrainingData, fit_lists: int = 600
+) -> Path:
     """Step 3 of the module's recipe.
 
     The residual stream carries a token's meaning in all channels but the last, which holds a constant: the norms then
@@ -157,7 +159,8 @@ def initial_checkpoint(folder: Path, tokenizer: Tokenizer, token_vectors: np.nda
         folder: where the checkpoint goes.
         tokenizer: control tokens last.
         token_vectors: the teacher's embedding of each token's text `[V, P]`.
-        data: lists with the teacher's embeddings; 600 of them fit the projector.
+        data: lists with the teacher's embeddings.
+        fit_lists: of them the projector is fitted to; a tenth of it is looked at to centre the markers, eight times.
     """
     write_random_checkpoint(folder, SHAPE, tokenizer=tokenizer, dtype=torch.float32, seed=1)
     path = folder / "model.safetensors"
@@ -222,13 +225,13 @@ def initial_checkpoint(folder: Path, tokenizer: Tokenizer, token_vectors: np.nda
     marker, query_marker = (tokenizer.token_to_id(name) for name in ("<|embed_token|>", "<|rerank_token|>"))
     for turn in range(8):
         save()
-        docs, queries, _, _ = _readouts(folder, data, 1000 * turn, 60)
+        docs, queries, _, _ = _readouts(folder, data, 1000 * turn, fit_lists // 10)
         for row, found in ((marker, docs), (query_marker, queries)):
             shared = found.mean(0)
             shared[content] = 0
             table[row] -= 0.3 * shared
     save()
-    docs, queries, doc_targets, query_targets = _readouts(folder, data, 10_000, 600)
+    docs, queries, doc_targets, query_targets = _readouts(folder, data, 10_000, fit_lists)
     normed = torch.cat([_normed(docs), _normed(queries).repeat_interleave(4, 0)]).double()
     normed[:, content] = 0
     targets = torch.cat([doc_targets, query_targets.repeat_interleave(4, 0)]).double()
