@@ -1,0 +1,123 @@
+"""What the bundled checkpoint is worth; `python -m bench.quality DATA`, DATA holding BEIR-format folders.
+
+BM25's best 20 are reranked in the three input orders, documents cut at 256 tokens, and again in int8; rankings of the
+backends and dtypes are compared by Kendall's tau. Without a first stage's scores blended in anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.measure import write_results
+from lastrerank import Reranker
+from lastrerank.cli import default_model
+from lastrerank.evaluation.beir import read_beir
+from lastrerank.evaluation.report import evaluate, plot
+from lastrerank.evaluation.run import bm25_candidates, ordered
+
+DEV = ("lo-help-en-us", "lo-help-de", "lo-help-ja", "debian-en")
+DEPTH, DOC_TOKENS = 20, 256
+
+
+def kendall_tau(a: list[int], b: list[int]) -> float:
+    """Of two orders of the same items, without ties."""
+    place = {item: n for n, item in enumerate(b)}
+    agree = sum(place[x] < place[y] for x, y in combinations(a, 2))
+    pairs = len(a) * (len(a) - 1) // 2
+    return 2 * agree / pairs - 1
+
+
+def agreement(root: Path, model: str, queries: int) -> list[dict[str, Any]]:
+    """Every backend and dtype here against the reference in fp32, on real lists in random order."""
+    truth = Reranker.from_pretrained(model, device="cpu", backend="reference", dtype="float32")
+    others = {}
+    for backend, dtype in (("native", "float32"), ("native", "int8"), ("reference", "bfloat16")):
+        try:
+            others[f"{backend} {dtype}"] = Reranker.from_pretrained(model, device="cpu", backend=backend, dtype=dtype)
+        except RuntimeError as reason:
+            log(f"{backend} {dtype}: left out: {reason}")
+    rows = []
+    for name in DEV:
+        dataset = read_beir(root / name, "dev", max_queries=queries)
+        lists = ordered(bm25_candidates(dataset, DEPTH), "random")
+        requests = [{"query": dataset.queries[q], "documents": [dataset.documents[d] for d in names],
+                     "max_doc_length": DOC_TOKENS} for q, names in lists.items() if len(names) > 1]  # fmt: skip
+        expected = truth.rerank_many(requests, progress=False)
+        for which, reranker in others.items():
+            found = reranker.rerank_many(requests, progress=False)
+            pairs = list(zip(found, expected, strict=True))
+            taus = [kendall_tau([r["index"] for r in a], [r["index"] for r in b]) for a, b in pairs]
+            gap = max(float(np.abs(_scores(a) - _scores(b)).max()) for a, b in pairs)
+            rows.append(
+                {"part": "agreement", "dataset": name, "what": which, "lists": len(taus),
+                 "mean_tau": float(np.mean(taus)), "min_tau": min(taus), "max_difference": gap}
+            )  # fmt: skip
+            log(json.dumps(rows[-1]))
+    return rows
+
+
+def _scores(results: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([r["relevance_score"] for r in sorted(results, key=lambda r: r["index"])])
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="")
+    parser.add_argument("--queries", type=int, default=200, help="a dev set, sampled with seed 0")
+    parser.add_argument("--zero-shot-queries", type=int, default=100)
+    parser.add_argument("--name", default="quality")
+    options = parser.parse_args()
+    model = options.model or str(default_model())
+    rows: list[dict[str, Any]] = []
+    common = {"top_k": DEPTH, "max_doc_length": DOC_TOKENS, "progress": False}
+    settings: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as output:
+        plain = Reranker.from_pretrained(model, device="cpu")
+        for dtype, orders in (("float32", ("descending", "ascending", "random")), ("int8", ("random",))):
+            try:
+                reranker = plain if dtype == "float32" else Reranker.from_pretrained(model, device="cpu", dtype=dtype)
+            except RuntimeError as reason:
+                log(f"{dtype}: left out: {reason}")
+                continue
+            report = evaluate(
+                reranker, [options.data / name for name in DEV], Path(output) / dtype, split="dev", orders=orders,
+                max_queries=options.queries, **common,
+            )  # fmt: skip
+            settings = settings or report["settings"]
+            rows += [{"part": "dev", "dtype": dtype, **row} for row in report["rows"]]
+            log_rows(report["rows"])
+        zero_shot = [("cranfield", None), ("xquad-de", "xquad-en"), ("xquad-en", "xquad-de")]
+        for name, query_name in zero_shot:
+            report = evaluate(
+                plain, [options.data / name], Path(output) / f"zero-{name}", split="test", orders=("random",),
+                query_folder=options.data / query_name if query_name else None,
+                max_queries=options.zero_shot_queries, **common,
+            )  # fmt: skip
+            rows += [{"part": "zero-shot", "dtype": "float32", **row} for row in report["rows"]]
+            log_rows(report["rows"])
+    rows += agreement(options.data, model, min(50, options.queries))
+    path = write_results(options.name, rows)
+    shown = [row for row in rows if row.get("part") == "dev" and row["dtype"] == "float32"]
+    plot({"settings": settings, "rows": shown}, path.with_suffix(".png"))
+
+
+def log_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        log(f"{row['dataset']:22} {row['ranking']:12} nDCG@10 {row['nDCG@10']:.3f}  MRR@10 {row['RR@10']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
