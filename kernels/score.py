@@ -48,7 +48,7 @@ def _project_kernel(
     if GATHER:
         acc *= tl.rsqrt(squares / width + eps)[:, None]
     if RELU:
-        acc = tl.maximum(acc, 0.0)
+        acc = tl.where(acc < 0.0, 0.0, acc)  # a maximum would turn NaN into 0, and an overflow into a score
     out_mask = (r < num_rows)[:, None] & (c < num_out)[None, :]
     tl.store(out_ptr + r.to(tl.int64)[:, None] * num_out + c[None, :], acc, out_mask)
 

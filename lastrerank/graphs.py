@@ -77,16 +77,19 @@ class GraphedModel:
     def __init__(self, model: Model, device: torch.device) -> None:
         self._lock = threading.Lock()
         self._captured: list[_Captured] = []
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(device))
         pool = torch.cuda.graph_pool_handle()
+        # One stream for every warm-up and capture: libraries keep a workspace for each they have seen.
+        stream = torch.cuda.Stream(device)
         for tokens in reversed(BUCKETS):  # the largest first: smaller ones then fit into its memory
             bucket = empty_bucket(tokens, device)
-            stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 hidden = model.hidden_states(bucket)
             self._captured.insert(0, _Captured(bucket, graph, hidden))
 
@@ -95,7 +98,12 @@ class GraphedModel:
         for captured in self._captured:
             if holds(captured.bucket, batch):
                 with self._lock:
+                    # The lock orders threads on the host; the event orders their streams on the device.
+                    stream = torch.cuda.current_stream(batch.ids.device)
+                    stream.wait_event(self._done)
                     fill(captured.bucket, batch)
                     captured.graph.replay()
-                    return captured.hidden[: len(batch.read_rows)].clone()
+                    hidden = captured.hidden[: len(batch.read_rows)].clone()
+                    self._done.record(stream)
+                    return hidden
         return None

@@ -64,6 +64,9 @@ class Model:
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Operations) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self._scale = config.head_dim**-0.5
+        # On the CPU, as Transformers does it: a GPU's power function rounds differently.
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        self._frequencies = (1.0 / config.rope_theta**exponent).to(weights.norm.device)
 
     def hidden_states(self, batch: PackedBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """Residual stream `[R, D]` after the last layer at `batch.read_rows`, before the final norm.
@@ -185,10 +188,8 @@ class Model:
         return target
 
     def _rope_table(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, fp32 `[length, d/2]`. The frequencies are rounded as Transformers rounds them."""
-        head_dim = self.config.head_dim
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-        angle = torch.arange(length, device=device).float()[:, None] * (1.0 / self.config.rope_theta**exponent)
+        """cos and sin, fp32 `[length, d/2]`."""
+        angle = torch.arange(length, device=device).float()[:, None] * self._frequencies
         return angle.cos(), angle.sin()
 
 

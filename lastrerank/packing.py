@@ -53,18 +53,12 @@ def pack(blocks: Sequence[EncodedBlock], device: torch.device) -> PackedBatch:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     read = [np.append(block.doc_rows, block.query_row) + start for block, start in zip(blocks, starts, strict=False)]
 
-    def put(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if device.type == "cuda":
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor
-
     return PackedBatch(
-        ids=put(np.concatenate([block.ids for block in blocks]).astype(np.int64)),
-        positions=put(np.concatenate([np.arange(length) for length in lengths])),
-        cu_seqlens=put(starts.astype(np.int32)),
+        ids=_put(np.concatenate([block.ids for block in blocks]).astype(np.int64), device),
+        positions=_put(np.concatenate([np.arange(length) for length in lengths]), device),
+        cu_seqlens=_put(starts.astype(np.int32), device),
         seqlens=tuple(lengths),
-        read_rows=put(np.concatenate(read)),
+        read_rows=_put(np.concatenate(read), device),
         max_seqlen=max(lengths),
     )
 
@@ -75,12 +69,15 @@ def readout(doc_counts: Sequence[int], sequence_request: Sequence[int], device: 
     sequence = np.repeat(np.arange(len(counts)), counts)
     query_rows = np.cumsum(counts + 1) - 1
 
-    def put(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(array, np.int64)).to(device)
-
     return Readout(
-        doc_rows=put(np.arange(len(sequence)) + sequence),
-        query_rows=put(query_rows),
-        doc_sequence=put(sequence),
-        sequence_request=put(np.asarray(sequence_request)),
+        doc_rows=_put(np.arange(len(sequence)) + sequence, device),
+        query_rows=_put(query_rows, device),
+        doc_sequence=_put(sequence, device),
+        sequence_request=_put(np.asarray(sequence_request, np.int64), device),
     )
+
+
+def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """To the device without waiting for it: a pass is usually running there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

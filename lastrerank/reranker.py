@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,7 +236,8 @@ class Reranker:
         """
         self.rerank("warm up", ["a short document", "another one"], progress=False)
         if self.backend in CAPTURABLE and self._graphs is None:
-            self._graphs = GraphedModel(self.model, self.device)
+            with current_device(self.device):
+                self._graphs = GraphedModel(self.model, self.device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write this model in the published format, weights in its dtype.
@@ -316,12 +318,13 @@ class Reranker:
 
         on_layer: as `Model.hidden_states`, for progress. A captured CUDA graph is replayed where one holds the pass.
         """
-        batch = pack(blocks, self.device)
-        rows = None if self._graphs is None else self._graphs.hidden_states(batch)
-        if rows is None:
-            rows = self.model.hidden_states(batch, on_layer=on_layer)
-        elif on_layer is not None:
-            on_layer(batch.num_tokens * self.config.num_layers)
+        with current_device(self.device):
+            batch = pack(blocks, self.device)
+            rows = None if self._graphs is None else self._graphs.hidden_states(batch)
+            if rows is None:
+                rows = self.model.hidden_states(batch, on_layer=on_layer)
+            elif on_layer is not None:
+                on_layer(batch.num_tokens * self.config.num_layers)
         return list(rows.split([len(block.doc_rows) + 1 for block in blocks]))
 
     @torch.inference_mode()
@@ -337,8 +340,9 @@ class Reranker:
         # Every order of a request is fused apart, as if it were a request of its own.
         keys = [(n, order) for n, request in enumerate(requests) for order in request.block_orders]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        where = readout(counts, [numbers[key] for key in keys], self.device)
-        vectors, _, scores = self.model.score(torch.cat(list(hidden)), where)
+        with current_device(self.device):
+            where = readout(counts, [numbers[key] for key in keys], self.device)
+            vectors, _, scores = self.model.score(torch.cat(list(hidden)), where)
         host_scores = scores.float().cpu().numpy()
         if not np.isfinite(host_scores).all():
             raise RuntimeError(f"scores are not finite: {self.dtype} overflowed in this model; use another dtype")
@@ -381,6 +385,11 @@ def ranked(request: RerankRequest, scored: Scored) -> list[dict[str, Any]]:
         }
         for i in order
     ]
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device this thread's current one: Triton launches there, whatever its tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def resolve_device(name: str) -> torch.device:

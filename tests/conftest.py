@@ -15,6 +15,7 @@ from lastrerank.random_checkpoint import qwen3_tokenizer, small_tokenizer, write
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.append(str(ROOT))  # for `bench`, at the end: the repository root must not shadow installed packages
+import bench  # noqa: E402, F401 (finds the kernels of a checkout that isn't installed)
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -263,6 +263,16 @@ else:
         encoded = [reranker.encode(RerankRequest("a query", list(texts))) for texts in documents]
         return pack([block for request in encoded for block in request.blocks], torch.device(DEVICE))
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_what_overflowed_gives_no_score(bad):
+        """Through the gather, the norm, the ReLU and the cosine: a hidden row that is not finite must show."""
+        hidden = randn(torch.float16, 4, 64)
+        hidden[1, 5] = bad
+        maps = [torch.tensor(x, device=DEVICE) for x in ([0, 1, 2], [3], [0, 0, 0], [0])]
+        weights = (randn(torch.float16, 64), randn(torch.float16, 32, 64), randn(torch.float16, 16, 32))
+        scores = operations.score(hidden, *maps, *weights, 1e-6)[2]
+        assert scores.isfinite().tolist() == [True, False, True]
+
     @pytest.mark.parametrize("shape", ["tiny", "tiny-v3.5"])
     def test_whole_model(shape, tmp_path):
         """The reference's scores, fp32, through every kernel."""

@@ -11,6 +11,7 @@ from lastrerank.config import ModelConfig
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import PackedBatch
+from lastrerank.reranker import current_device
 
 ATTENTION = "lastrerank"
 
@@ -71,7 +72,7 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
         unknown = [name for name, value in other.items() if value is not None and name not in _HARMLESS]
         if unknown:
             raise TypeError(f"an accelerated decoder doesn't know the argument {unknown[0]!r}")
-        with torch.no_grad():
+        with torch.no_grad(), current_device(input_ids.device):
             last = _hidden_states(fast, input_ids, attention_mask, position_ids)
         every: Any = (*(None for _ in range(config.num_layers)), last) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=every)
@@ -180,7 +181,7 @@ def register_attention(backend: str = "auto") -> str:
         operations = ReferenceOperations() if grad else ops.select(backend, query.device, query.dtype)[1]
         arguments = (q, k, v, _cu_seqlens(lengths, query.device), lengths, sliding_window)
         scale = head_dim**-0.5 if scaling is None else scaling
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), current_device(query.device):
             packed = operations.attention(*arguments, scale)
         return packed.new_zeros(batch, length, *packed.shape[1:]).index_put((there,), packed), None
 
