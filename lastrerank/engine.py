@@ -12,9 +12,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ logger = logging.getLogger("lastrerank")
 # Tokens of a pass on a CPU: passes gain little from size there, and everyone in one waits for all of it.
 _CPU_BATCH_TOKENS = 2_048
 _MOST_BATCH_TOKENS = 131_072
+# Jobs that are looked through for a pass.
+_LOOK_AHEAD = 512
 # Activations of a token, and the share of the free memory that a pass may take (see `lastrerank.model`).
 _BYTES_PER_TOKEN, _MEMORY_SHARE = 12 * 1024, 0.5
 
@@ -38,6 +41,18 @@ class OverloadedError(RuntimeError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class BadRequestError(ValueError):
+    """The request can't be served, which only tokenising it has shown."""
+
+
+class TooLongError(BadRequestError):
+    """A text is over its cap and was not to be cut. where: which."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} is longer than its cap and was not to be cut")
+        self.where = where
 
 
 class ClosedError(RuntimeError):
@@ -66,6 +81,7 @@ class _Job:
     future: Future[Answer]
     deadline: float | None
     reserved: int  # tokens held of the queue's bound
+    refuse_cut: bool = False
     encoded: EncodedRequest | None = None
     ready: float = 0.0
     tokenise_seconds: float = 0.0
@@ -133,33 +149,50 @@ class Engine:
 
     # What callers use
 
-    def submit(self, request: RerankRequest | Mapping[str, Any], timeout: float | None = None) -> Future[Answer]:
+    def submit(
+        self, request: RerankRequest | Mapping[str, Any], timeout: float | None = None, *, refuse_cut: bool = False
+    ) -> Future[Answer]:
         """Queue a request; its `Answer` comes through the future, which may be cancelled at any time.
 
-        timeout: seconds after which the future fails with `DeadlineError`.
+        timeout: seconds after which the future fails with `DeadlineError`. refuse_cut: a text over its cap fails the
+        request with `TooLongError` instead of being cut.
 
         Raises:
             TypeError, ValueError: the request is bad; nothing is queued.
             OverloadedError: the queue is full.
             ClosedError: the engine is closing.
         """
-        checked = RerankRequest.of(request)
-        self.reranker.check_caps(checked)
-        estimate = 150 + len(checked.query) // 2 + sum(15 + len(text) // 4 for text in checked.texts)
-        future: Future[Answer] = Future()
+        return self.submit_many([request], timeout, refuse_cut=refuse_cut)[0]
+
+    def submit_many(
+        self,
+        requests: Sequence[RerankRequest | Mapping[str, Any]],
+        timeout: float | None = None,
+        *,
+        refuse_cut: bool = False,
+    ) -> list[Future[Answer]]:
+        """Queue all of them or none; as `submit`."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        job = _Job(checked, future, deadline, estimate)
+        jobs = []
+        for request in requests:
+            checked = RerankRequest.of(request)
+            caps = self.reranker.check_caps(checked)
+            # The caller's list may change before it is tokenised.
+            checked = replace(checked, documents=tuple(checked.documents))
+            jobs.append(_Job(checked, Future(), deadline, _estimated_tokens(checked, *caps), refuse_cut))
+        estimate = sum(job.reserved for job in jobs)
         with self._condition:
             if self._closing:
                 raise ClosedError("the engine is closing")
             if self._queued_tokens and self._queued_tokens + estimate > self.max_queue_tokens:
-                self.statistics.refused += 1
+                self.statistics.refused += len(jobs)
                 queued = f"{self._queued_tokens} tokens are queued, at most {self.max_queue_tokens} may be"
                 raise OverloadedError(queued, self.retry_after())
-            self._queued_tokens += estimate
-            self._encoding += 1
-        self._tokenizers.submit(self._encode, job)
-        return future
+            for job in jobs:
+                self._tokenizers.submit(self._encode, job)
+                self._queued_tokens += job.reserved
+                self._encoding += 1
+        return [job.future for job in jobs]
 
     def rerank(self, request: RerankRequest | Mapping[str, Any], timeout: float | None = None) -> Answer:
         """Submit and wait. Raises what `submit` and the request itself raise."""
@@ -215,9 +248,16 @@ class Engine:
         error: Exception | None = None
         try:
             if not job.future.cancelled():
-                job.encoded = self.reranker.encode(job.request)
-        except Exception as problem:
+                encoded = self.reranker.encode(job.request)
+                if job.refuse_cut and (encoded.query_cut or any(encoded.cut)):
+                    raise TooLongError("query" if encoded.query_cut else f"documents[{encoded.cut.index(True)}]")
+                job.encoded = encoded
+        except BadRequestError as problem:
             error = problem
+        except (ValueError, TypeError) as problem:
+            error = BadRequestError(str(problem))
+        except BaseException as problem:  # a panic of the tokenizers library is no Exception
+            error = RuntimeError(f"tokenising failed: {type(problem).__name__}: {problem}")
         with self._condition:
             self._encoding -= 1
             job.ready = time.monotonic()
@@ -287,7 +327,7 @@ class Engine:
         chosen: dict[int, list[EncodedBlock]] = {}
         tokens, turn = 0, 0
         while True:
-            offered = [(n, job.left[turn]) for n, job in enumerate(self._jobs) if len(job.left) > turn]
+            offered = [(n, job.left[turn]) for n, job in enumerate(self._jobs[:_LOOK_AHEAD]) if len(job.left) > turn]
             fitting = 0
             for n, block in offered:
                 if chosen and tokens + len(block.ids) > limit:
@@ -312,7 +352,10 @@ class Engine:
         blocks = [block for _, own in batch for block in own]
         try:
             parts = self.reranker.read_rows(blocks)
+            if self.reranker.device.type == "cuda":  # what went wrong on the device shows here, not in another pass
+                torch.cuda.synchronize(self.reranker.device)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the failed pass's tensors
             halves = _halves(batch)
             if halves is None:
                 self._resolve(batch[0][0], error=error)
@@ -344,6 +387,7 @@ class Engine:
                     [job.encoded for job in group if job.encoded is not None], [h for job in group for h in job.hidden]
                 )
             except Exception as error:
+                traceback.clear_frames(error.__traceback__)
                 if len(group) == 1:
                     self._resolve(group[0], error=error)
                 else:
@@ -352,11 +396,15 @@ class Engine:
                 continue
             for job, own in zip(group, scored, strict=True):
                 assert job.encoded is not None
-                waited = time.monotonic() - job.ready - job.inference_seconds
-                answer = Answer(
-                    ranked(job.request, own), job.encoded, job.tokenise_seconds, max(0.0, waited), job.inference_seconds
+                waited = max(0.0, time.monotonic() - job.ready - job.inference_seconds)
+                try:
+                    results = ranked(job.request, own)
+                except Exception as error:
+                    self._resolve(job, error=error)
+                    continue
+                self._resolve(
+                    job, Answer(results, job.encoded, job.tokenise_seconds, waited, job.inference_seconds)
                 )
-                self._resolve(job, answer)
 
     def _resolve(self, job: _Job, answer: Answer | None = None, error: Exception | None = None) -> None:
         with self._condition:
@@ -380,6 +428,14 @@ class Engine:
             assert answer is not None
             self.statistics.answered += 1
             job.future.set_result(answer)
+
+
+def _estimated_tokens(request: RerankRequest, query_cap: int, doc_cap: int) -> int:
+    """Prompt tokens before they are counted: four characters a token, cut texts at their caps."""
+    count = len(request.documents)
+    fixed = 150 + 2 * min(len(request.query) // 4, query_cap) + min(len(request.instruction or "") // 4, query_cap)
+    texts = sum(15 + min(len(text) // 4, doc_cap) for text in request.texts)
+    return request.orders * (fixed * -(-count // request.block_size) + texts)
 
 
 def _halves(batch: list[tuple[_Job, list[EncodedBlock]]]) -> list[list[tuple[_Job, list[EncodedBlock]]]] | None:

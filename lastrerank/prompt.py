@@ -202,14 +202,15 @@ class PromptEncoder:
         """
         chars = 16 * cap + 64
         while chars < len(text):
-            encoding = self._tokenizer.encode(text[:chars], add_special_tokens=False)
+            # As a batch of one: `encode` would hold the interpreter's lock all the while.
+            encoding = self._tokenizer.encode_batch([text[:chars]], add_special_tokens=False)[0]
             words = encoding.word_ids
             if words and words[-1] is not None:
                 trusted = sum(word is not None and word < words[-1] - 1 for word in words)
                 if trusted > cap:
                     return encoding.ids[:trusted]
             chars *= 4
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode_all([text])[text]
 
     def _remember(self, key: tuple[str, int], entry: CutText) -> None:
         def size(item: tuple[str, int], value: CutText) -> int:
@@ -252,7 +253,7 @@ class PromptEncoder:
             for piece in self._split_controls.split(part):
                 if piece in self.control_ids:
                     if pending:
-                        emit(self._pieces(pending))
+                        emit(self._piece(pending))
                         pending = ""
                     if piece == RERANK_TOKEN:
                         query_rows.append(total)
@@ -270,7 +271,7 @@ class PromptEncoder:
                 fill(template.separator)
             fill(before)
             if document.text and self._boundary(pending[-3:], _head(document.text)):
-                emit(self._pieces(pending))
+                emit(self._piece(pending))
                 emit(document.ids)
             else:  # the first characters merge with what stands before them (a line break does)
                 emit(self._encode_piece(pending + document.text))
@@ -283,7 +284,11 @@ class PromptEncoder:
         return EncodedBlock(np.concatenate(chunks), doc_rows, query_rows[-1], early)
 
     def _encode_piece(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.asarray(self._encode_all([text])[text], np.int32)
+
+    def _piece(self, text: str) -> np.ndarray:
+        """Ids of what stands between texts; remembered, unless a caller's long text is in it."""
+        return self._pieces(text) if len(text) <= 1024 else self._encode_piece(text)
 
     def _is_boundary(self, tail: str, head: str) -> bool:
         """Whether the tokenizer always splits between a segment ending in `tail` and a text starting with `head`."""

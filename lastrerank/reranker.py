@@ -256,6 +256,9 @@ class Reranker:
         """Tokenise a checked request and lay its documents out in blocks. Thread-safe, touches no device."""
         query_cap, doc_cap = self.check_caps(request)
         query = self.encoder.cut([request.query], query_cap)[0]
+        most = self.config.max_query_length
+        if request.instruction is not None and self.encoder.cut([request.instruction], most)[0].cut:
+            raise ValueError(f"instruction has more than {most} tokens, what this checkpoint's queries may have")
         documents = self.encoder.cut(request.texts, doc_cap)
         capacity = self.config.max_context - 2 * query.length
         blocks: list[EncodedBlock] = []

@@ -24,15 +24,24 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictBool, StrictInt, StrictStr, field_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from lastrerank import __version__
-from lastrerank.engine import Answer, ClosedError, DeadlineError, Engine, OverloadedError
+from lastrerank.engine import (
+    Answer,
+    BadRequestError,
+    ClosedError,
+    DeadlineError,
+    Engine,
+    OverloadedError,
+    TooLongError,
+)
 from lastrerank.request import RerankRequest
 
 logger = logging.getLogger("lastrerank.server")
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _PAGE = Path(__file__).parent / "server.html"
 
 
@@ -61,7 +70,7 @@ class RerankBody(BaseModel):
     """A query and its documents, as Jina's and Cohere's APIs have them."""
 
     query: Annotated[Text, Field(min_length=1)]
-    documents: list[StrictStr | TextDocument]
+    documents: Annotated[list[StrictStr | TextDocument], FailFast()]
     model: StrictStr | None = None
     top_n: Count | None = None
     return_documents: StrictBool | None = None
@@ -79,6 +88,16 @@ class ScoreBody(BaseModel):
     text_1: Text | list[Text]
     text_2: Text | list[Text]
     model: StrictStr | None = None
+
+    @field_validator("text_1", "text_2", mode="before")
+    @classmethod
+    def strings(cls, value: Any) -> Any:
+        """One error, where a million bad items would otherwise be a million errors."""
+        if isinstance(value, list):
+            for position, item in enumerate(value):
+                if not isinstance(item, str):
+                    raise ValueError(f"item {position} is no string")
+        return value
 
 
 class Usage(BaseModel):
@@ -176,9 +195,13 @@ def create_app(
     app.add_middleware(_BodyGuard, limits=bounds)
     protected = [Depends(authorized)]
 
-    async def answer(request: Request, wanted: list[RerankRequest]) -> list[Answer]:
+    async def answer(request: Request, wanted: list[RerankRequest], refuse_cut: bool = False) -> list[Answer]:
         """All requests' answers; dropped if the client leaves or time is up."""
-        futures = [asyncio.wrap_future(engine.submit(one, bounds.request_seconds)) for one in wanted]
+        try:
+            submitted = engine.submit_many(wanted, bounds.request_seconds, refuse_cut=refuse_cut)
+        except (ValueError, TypeError) as error:
+            raise _error(422, str(error), "invalid_request") from error
+        futures = [asyncio.wrap_future(future) for future in submitted]
         together = asyncio.ensure_future(asyncio.gather(*futures))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
@@ -212,9 +235,7 @@ def create_app(
             max_doc_length=body.max_doc_length or body.max_tokens_per_doc, max_query_length=body.max_query_length,
             instruction=body.instruction,
         )  # fmt: skip
-        if not body.truncation:
-            await asyncio.to_thread(_refuse_long_texts, engine, wanted)
-        (got,) = await answer(request, [wanted])
+        (got,) = await answer(request, [wanted], refuse_cut=not body.truncation)
         _time(response, [got])
         metrics.documents.observe(len(documents))
         back = documents_back if body.return_documents is None else body.return_documents
@@ -315,9 +336,10 @@ def create_app(
             response = _failure(error)
         seconds = time.perf_counter() - started
         route = getattr(request.scope.get("route"), "path", "unknown")
-        metrics.requests.labels(route, request.method, str(response.status_code)).inc()
+        method = request.method if request.method in _METHODS else "other"  # clients make them up
+        metrics.requests.labels(route, method, str(response.status_code)).inc()
         metrics.seconds.labels(route).observe(seconds)
-        logger.info(json.dumps({"method": request.method, "route": route, "status": response.status_code,
+        logger.info(json.dumps({"method": method, "route": route, "status": response.status_code,
                                 "ms": round(1e3 * seconds, 2), "queued_tokens": engine.queued_tokens}))  # fmt: skip
         return response
 
@@ -333,7 +355,7 @@ def create_app(
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _json_error(422, f"{where or 'body'}: {first['msg']}", "invalid_request", where or None)
 
-    for kind in (OverloadedError, DeadlineError, ClosedError, ValueError, TypeError):
+    for kind in (OverloadedError, DeadlineError, ClosedError, BadRequestError):
         app.add_exception_handler(kind, lambda request, error: _failure(error))
     return app
 
@@ -354,20 +376,13 @@ def _failure(error: Exception) -> Response:
         return _json_error(504, str(error), "timeout")
     if isinstance(error, ClosedError):
         return _json_error(503, str(error), "unavailable")
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, TooLongError):
+        return _json_error(413, str(error), "too_large", error.where)
+    if isinstance(error, BadRequestError):
         return _json_error(422, str(error), "invalid_request")
     number = uuid.uuid4().hex[:12]
     logger.error("error %s: %s: %s", number, type(error).__name__, error, exc_info=error)
     return _json_error(500, f"internal error {number}", "internal")
-
-
-def _refuse_long_texts(engine: Engine, request: RerankRequest) -> None:
-    """`truncation: false`: a text over its cap is an error."""
-    RerankRequest.of(request)
-    encoded = engine.reranker.encode(request)
-    if encoded.query_cut or any(encoded.cut):
-        where = "query" if encoded.query_cut else f"documents[{encoded.cut.index(True)}]"
-        raise _error(413, f"{where} is longer than its cap and truncation is false", "too_large", where)
 
 
 def _as_object(document: Any) -> dict[str, Any]:
@@ -415,6 +430,7 @@ class _BodyGuard:
                 await self._refuse(scope, receive, send, 408)
                 return
             if message["type"] == "http.disconnect":
+                await Response(status_code=499)(scope, receive, send)  # nobody reads it, but it is counted
                 return
             body += message.get("body", b"")
             if len(body) > limit:

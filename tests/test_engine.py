@@ -6,12 +6,21 @@ import asyncio
 import random
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
+import torch
 
 from lastrerank import Reranker, RerankRequest
-from lastrerank.engine import ClosedError, DeadlineError, Engine, OverloadedError
+from lastrerank.engine import (
+    BadRequestError,
+    ClosedError,
+    DeadlineError,
+    Engine,
+    OverloadedError,
+    TooLongError,
+)
 
 
 def requests_of(documents, count, seed=0):
@@ -209,6 +218,85 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(small_reranker, documents, 
         with pytest.raises(ClosedError, match="ZeroDivisionError"):
             engine.rerank({"query": "q", "documents": documents[:2]})
         assert not engine.alive
+
+
+def test_all_of_several_requests_or_none(slow, documents):
+    reranker, gate = slow
+    with Engine(reranker, max_queue_tokens=3000) as engine:
+        first = engine.submit({"query": "q", "documents": documents[:1]})
+        queued = engine.queued_tokens
+        many = [{"query": f"q{i}", "documents": documents[:2]} for i in range(40)]
+        with pytest.raises(OverloadedError):
+            engine.submit_many(many)
+        wait_until(lambda: engine._encoding == 0)
+        assert engine.pending == 1 and engine.queued_tokens <= queued + 200
+        with pytest.raises(ValueError, match="query is empty"):
+            engine.submit_many([many[0], {"query": "", "documents": []}])
+        assert engine.pending == 1
+        gate.set()
+        assert first.result(60).results
+
+
+def test_what_only_tokenising_shows(small_reranker, documents, monkeypatch):
+    """Too long an instruction, a text that was not to be cut, a panic in the tokenizers: failed, and nothing else."""
+    with Engine(small_reranker) as engine:
+        with pytest.raises(BadRequestError, match="instruction has more than 64 tokens"):
+            engine.rerank({"query": "q", "documents": ["x"], "instruction": "words " * 100_000})
+        long = {"query": "q", "documents": ["x", "words " * 1000]}
+        with pytest.raises(TooLongError, match=r"documents\[1\] is longer than its cap"):
+            engine.submit(long, refuse_cut=True).result(60)
+        assert len(engine.rerank(long).results) == 2
+
+        class PanicError(BaseException):
+            pass
+
+        def panic(request):
+            raise PanicError("index out of bounds")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(small_reranker, "encode", panic)
+            with pytest.raises(RuntimeError, match="PanicError: index out of bounds"):
+                engine.rerank({"query": "q", "documents": ["x"]})
+        assert engine.rerank({"query": "q", "documents": ["x"]}).results and engine.queued_tokens == 0
+
+
+def test_long_texts_are_estimated_at_their_caps(slow):
+    """A megabyte that will be cut to 256 tokens does not fill the queue."""
+    reranker, gate = slow
+    with Engine(reranker, max_queue_tokens=2000) as engine:
+        first = engine.submit({"query": "q", "documents": ["x"]})
+        second = engine.submit({"query": "q", "documents": ["word " * 200_000]})
+        gate.set()
+        assert first.result(60).results and second.result(60).results
+
+
+def test_a_list_that_changes_after_it_was_submitted(slow):
+    reranker, gate = slow
+    documents = ["one", "two", "three"]
+    with Engine(reranker) as engine:
+        future = engine.submit({"query": "q", "documents": documents})
+        documents.clear()
+        gate.set()
+        assert sorted(r["document"] for r in future.result(60).results) == ["one", "three", "two"]
+        assert engine.alive
+
+
+def test_a_failed_pass_is_not_kept_in_memory(small_reranker, documents, monkeypatch):
+    """While its halves are tried, nothing holds the tensors of the pass that did not fit."""
+    real, alive = small_reranker.read_rows, []
+
+    def read_rows(blocks, **arguments):
+        assert not [reference for reference in alive if reference() is not None]
+        activations = torch.zeros(1000)
+        alive.append(weakref.ref(activations))
+        if len(blocks) > 1:
+            raise MemoryError("out of memory")
+        return real(blocks, **arguments)
+
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    with Engine(small_reranker, max_batch_tokens=10**6) as engine:
+        answer = engine.rerank(RerankRequest("q", documents[:6], block_size=2))
+    assert len(answer.results) == 6 and len(alive) == 5
 
 
 def test_bad_requests_are_refused_before_they_are_queued(small_reranker):

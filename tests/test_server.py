@@ -242,6 +242,45 @@ def test_a_failure_has_an_id_and_the_server_goes_on(small_reranker, monkeypatch,
         assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
 
 
+def test_a_fault_of_ours_is_not_the_clients(small_reranker, monkeypatch):
+    """A ValueError from within is a 500 with an id, not a 422."""
+
+    def broken(*arguments, **keywords):
+        raise ValueError("kernel shape")
+
+    with client_of(small_reranker) as client:
+        monkeypatch.setattr(small_reranker, "read_rows", broken)
+        response = client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]})
+        assert response.status_code == 500 and "kernel" not in response.text
+
+
+def test_score_of_many_lists_is_refused_whole(small_reranker):
+    with client_of(small_reranker, {"max_queue_tokens": 3000}) as client:
+        pairs = {"text_1": [f"query {i}" for i in range(100)], "text_2": ["text"] * 100}
+        assert client.post("/score", pairs).status_code == 200  # an empty queue takes anything
+        bad = {"text_1": ["fine", ""], "text_2": ["a", "b"]}
+        assert client.post("/score", bad).status_code == 422
+        assert client.engine.pending == 0
+
+
+def test_a_million_bad_items_are_one_error(client):
+    content = b'{"query": "q", "documents": [' + b",".join([b"1"] * 1_000_000) + b"]}"
+    started = time.perf_counter()
+    response = client.post("/v1/rerank", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 422 and time.perf_counter() - started < 20
+    assert response.json()["error"]["param"].startswith("documents.0")
+    content = content.replace(b'"query"', b'"text_1"').replace(b'"documents"', b'"text_2"')
+    response = client.post("/score", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 422 and "item 0 is no string" in response.text and len(response.text) < 1000
+
+
+def test_made_up_methods_are_not_counted_apart(client):
+    for method in ("A1", "A2"):
+        assert client.start(method, "/rerank").result(60).status_code == 405
+    metrics = client.get("/metrics").text
+    assert 'method="other"' in metrics and "A1" not in metrics
+
+
 def test_too_late_is_504(small_reranker, monkeypatch):
     real = small_reranker.read_rows
     monkeypatch.setattr(small_reranker, "read_rows", lambda *a, **k: (time.sleep(0.5), real(*a, **k))[1])
