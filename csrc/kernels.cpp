@@ -232,6 +232,15 @@ void pack_i8(const void* weight, bool is_bf16, long n, long k, int8_t* packed, f
   }
 }
 
+void unpack_i8(const int8_t* packed, const float* scales, long n, long k, float* weight) {
+  const long groups = ceil_div(k, 4);
+  for (long column = 0; column < n; ++column)
+    for (long i = 0; i < k; ++i) {
+      const long at = ((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4;
+      weight[column * k + i] = static_cast<float>(packed[at]) * scales[column];
+    }
+}
+
 template <int R>
 inline void tile_i8(const uint8_t* __restrict a, long lda, const float* row_scales, const int8_t* __restrict panel,
                     long groups, const float* scales, const int32_t* sums, const float* bias, float* c, long ldc,
@@ -513,6 +522,7 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
     pack_f32,
     unpack_f32,
     pack_i8,
+    unpack_i8,
     linear_f32,
     linear_i8,
     add_rms_norm,

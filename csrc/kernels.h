@@ -20,6 +20,9 @@ struct Kernels {
   // Quantise to 7 bits a weight, symmetric, one scale an output; sums: of each output's quantised weights.
   void (*pack_i8)(const void* weight, bool bf16, long n, long k, int8_t* packed, float* scales, int32_t* sums);
 
+  // The quantised weight [n, k] in fp32.
+  void (*unpack_i8)(const int8_t* packed, const float* scales, long n, long k, float* weight);
+
   // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null)
   void (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
                      const float* bias, float* out, long ldo);

@@ -27,6 +27,8 @@ BUNDLED_MODELS = Path(__file__).parent / "models"
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json")
 # Not weights of this model: an output head that is never used, and a buffer some exporters write.
 _IGNORED = re.compile(r"lm_head\.weight|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
+_INT8_MAX = 64
 # The projector's two matrices, by the names of the published package and of its ports.
 _PROJECTOR = re.compile(r"(?:projector\.)?(0|2|linear1|linear2)\.weight")
 
@@ -131,7 +133,8 @@ def save(
 
 
 def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
-    """Weights by their published names, unpacked (views). The inverse of loading.
+    """Weights by their published names, unpacked (views); quantised ones as what they have become. The inverse of
+    loading.
 
     Raises:
         ValueError: a weight is quantised and can't be unpacked.
@@ -161,6 +164,23 @@ def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Te
         state[f"{prefix}input_layernorm.weight"] = layer.input_norm
         state[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
     return state
+
+
+def quantised(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The decoder's linears as int8 `[out, in]` with `..._scale` fp32 `[out]`, everything else as it is.
+
+    A weight that has been through the native int8 kernels is on that grid already, and comes back unchanged.
+    """
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith("_proj.weight"):
+            scale = tensor.abs().amax(1) / _INT8_MAX
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            found[name] = (tensor / scale[:, None]).round().to(torch.int8)
+            found[f"{name}_scale"] = scale
+        else:
+            found[name] = tensor
+    return found
 
 
 class _Tensors:
@@ -242,6 +262,9 @@ def _load(
         expected[f"{prefix}input_layernorm.weight"] = (hidden,)
         expected[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
 
+    for name, shape in list(expected.items()):
+        if f"{name}_scale" in stored:  # quantised
+            expected[f"{name}_scale"] = shape[:1]
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, the first: {', '.join(missing[:3])}")
@@ -256,6 +279,8 @@ def _load(
         parts = []
         for name in names:
             part = tensors.read(stored[name])
+            if f"{name}_scale" in stored and part.dtype == torch.int8:
+                part = part.float() * tensors.read(stored[f"{name}_scale"])[:, None]
             if not part.is_floating_point():
                 raise ValueError(f"{name} is stored as {part.dtype}, expected floating point")
             # The sum shows any NaN or infinity in one pass; only then is it worth a second look.

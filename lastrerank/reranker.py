@@ -242,12 +242,20 @@ class Reranker:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write this model in the published format, weights in its dtype.
 
+        int8: the linears as int8 with a scale for each output (`..._proj.weight_scale`), half the size of 16 bit.
+        Loaded with dtype "int8" it gives the same scores; with another, those of the quantised weights.
+
         Raises:
-            ValueError: the weights are quantised.
+            ValueError: the weights are quantised in a way that isn't saved (float8).
         """
         raw = {**self.checkpoint.raw_config, "dtype": self.dtype, "torch_dtype": self.dtype}
         state = checkpoints.state_dict(self.config, self.model.weights)
-        state = {name: tensor.to(DTYPES[self.dtype]) for name, tensor in state.items()}
+        if self.dtype == "int8":
+            raw |= {"dtype": "float32", "torch_dtype": "float32"}
+            raw["lastrerank"] = {**(raw.get("lastrerank") or {}), "quantization": "int8"}
+            state = checkpoints.quantised(state)
+        else:
+            state = {name: tensor.to(DTYPES[self.dtype]) for name, tensor in state.items()}
         checkpoints.save(folder, raw, self.checkpoint.tokenizer, self.config.max_context, state)
 
     # What an engine calls

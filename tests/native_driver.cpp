@@ -70,6 +70,8 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   k.pack_i8(w.data, false, n, d, packed8.data(), scales.data(), sums.data());
   k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), n, bias.data, out.data,
               n + pad);
+  k.unpack_i8(packed8.data(), scales.data(), n, d, back.data);
+  for (long i = 0; i < n * d; ++i) right_i8 &= std::fabs(back.data[i] - w.data[i]) <= 0.501f * scales[i / d];
   for (long i = 0; i < m * n; ++i)
     right_i8 &= std::fabs(out.data[i / n * (n + pad) + i % n] - truth[i]) < 0.12 * std::sqrt(double(d)) + 0.1;
   expect(same, "unpack_f32", k.name);

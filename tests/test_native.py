@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from hypothesis import given, settings
@@ -155,8 +156,34 @@ def test_int8_scores_differ_little(tiny, documents):
     )
     difference = max(abs(truth[i] - int8[i]) for i in truth)
     assert 0 < difference < 0.1
-    with pytest.raises(ValueError, match="weights are quantised"):
-        Reranker.from_pretrained(tiny, dtype="int8").save_pretrained("/nowhere")
+
+
+def test_a_quantised_weight_unpacked_and_packed_again_is_itself(isa):
+    operations = NativeOperations(int8=True)
+    for shape in ((5, 7), (64, 64), (33, 130)):
+        weight = torch.randn(shape)
+        packed = operations.prepare(weight)
+        unpacked = packed.unpack()
+        assert ((unpacked - weight).abs().amax(1) <= weight.abs().amax(1) / 128 * 1.001).all()
+        again = operations.prepare(unpacked)
+        assert torch.equal(again._packed, packed._packed) and torch.equal(again._sums, packed._sums)
+
+
+def test_a_quantised_model_is_kept(tiny, documents, tmp_path):
+    """Half the size of 16 bit in the linears, the same scores again, and those of its weights in other dtypes."""
+    int8 = Reranker.from_pretrained(tiny, dtype="int8")
+    int8.save_pretrained(tmp_path / "int8")
+    expected = scores(int8, documents[:20])
+    again = scores(Reranker.from_pretrained(tmp_path / "int8", dtype="int8"), documents[:20])
+    assert max(abs(expected[i] - again[i]) for i in expected) <= 1e-5
+    truth = scores(Reranker.from_pretrained(tmp_path / "int8", backend="reference"), documents[:20])
+    assert max(abs(expected[i] - truth[i]) for i in expected) < 0.1  # the activations are not quantised here
+    stored = safetensors.torch.load_file(tmp_path / "int8" / "model.safetensors")
+    assert stored["model.layers.0.mlp.down_proj.weight"].dtype == torch.int8
+    del stored["model.layers.0.mlp.down_proj.weight_scale"]
+    safetensors.torch.save_file(stored, tmp_path / "int8" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"down_proj\.weight is stored as torch\.int8, expected floating point"):
+        Reranker.from_pretrained(tmp_path / "int8", dtype="int8")
 
 
 def test_absence_is_explained(small, monkeypatch):

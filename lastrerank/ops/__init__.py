@@ -23,7 +23,7 @@ class OwnWeight(Protocol):
         """`x @ weight.T + bias`: `[T, in] -> [T, out]`."""
 
     def unpack(self) -> torch.Tensor:
-        """The weight as it was. Raises ValueError if it is quantised."""
+        """The weight in floating point; of a quantised one what it has become, or ValueError."""
 
 
 Weight = torch.Tensor | OwnWeight

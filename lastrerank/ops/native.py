@@ -20,7 +20,7 @@ import torch
 from lastrerank.ops import Weight
 from lastrerank.ops.reference import ReferenceOperations
 
-_VERSION = 1
+_VERSION = 2
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
 
@@ -34,6 +34,7 @@ class _Kernels(ctypes.Structure):
         ("pack_f32", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
         ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
         ("pack_i8", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P, _P, _P)),
+        ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _L, _L, _P)),
         ("linear_f32", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
         ("linear_i8", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _P, _P, _L, _P, _P, _L)),
         ("add_rms_norm", ctypes.CFUNCTYPE(None, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
@@ -228,7 +229,12 @@ class Int8Weight:
         return out
 
     def unpack(self) -> torch.Tensor:
-        raise ValueError("this model's weights are quantised; save from the checkpoint they were made from")
+        """What it multiplies by, in fp32: not the weight it was made from."""
+        weight = torch.empty(self.out_features, self.in_features)
+        self._kernels.unpack_i8(
+            self._packed.data_ptr(), self._scales.data_ptr(), *weight.shape, _pointer(weight)
+        )
+        return weight
 
 
 def _check_width(x: torch.Tensor, in_features: int) -> None:
