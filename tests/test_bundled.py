@@ -1,4 +1,4 @@
-"""The bundled checkpoint's recipe, at toy size and with a toy teacher."""
+"""The recipe of a checkpoint to bundle, at toy size and with a toy teacher."""
 
 from __future__ import annotations
 

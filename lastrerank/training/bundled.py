@@ -1,4 +1,6 @@
-"""How the bundled checkpoint was made; `python -m lastrerank.training.bundled DATA OUT`.
+"""The recipe of a small checkpoint to bundle; `python -m lastrerank.training.bundled DATA OUT`.
+
+None is bundled yet: 600 steps of stage one gave a mean dev nDCG@10 of 0.26 where a random order has 0.16.
 
 A small decoder does not learn to rank from lists alone in hours on a CPU: from a random start its readouts collapse to
 one direction. So it starts as a bag of words that already knows some meaning, and is then taught by an embedding model
