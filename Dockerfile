@@ -1,4 +1,4 @@
-# docker build -f docker/Dockerfile.cpu -t lastrerank:cpu .
+# docker build -t lastrerank:cpu .
 # docker run -p 8000:8000 -v lastrerank-models:/models lastrerank:cpu --model jinaai/jina-reranker-v3 --dtype int8
 FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ cmake ninja-build && rm -rf /var/lib/apt/lists/*
