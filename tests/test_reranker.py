@@ -235,7 +235,7 @@ def test_bad_requests_and_pairs(small_reranker):
     [
         (dict(device="tpu"), "device is 'tpu'"),
         (dict(device="mps"), "device is 'mps'"),
-        (dict(dtype="float8"), "dtype is 'float8'"),
+        (dict(dtype="float7"), "dtype is 'float7'"),
         (dict(backend="fast"), "backend is 'fast'"),
         (dict(template="chat"), "template is 'chat'"),
     ],
