@@ -57,13 +57,15 @@ def serving(model: str, *options: str) -> Iterator[tuple[str, int]]:
         process.wait(60)
 
 
-def pool_of_requests(model: str, count: int, documents: int) -> list[tuple[dict[str, Any], dict[int, float]]]:
-    """Bodies, and the scores of each computed alone."""
+def pool_of_requests(
+    model: str, count: int, documents: int, length: int = 400
+) -> list[tuple[dict[str, Any], dict[int, float]]]:
+    """Bodies of real texts cut at `length` characters, and the scores of each computed alone."""
     from lastrerank import Reranker
 
     rows = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
     queries = [row["text"] for row in rows if row["kind"] == "query"] or ["how do I print"]
-    texts = [row["text"][:400] for row in rows if row["kind"] == "document"]
+    texts = [row["text"][:length] for row in rows if row["kind"] == "document"]
     rng, reranker = random.Random(0), Reranker.from_pretrained(model)
     pool = []
     for _ in range(count):
@@ -134,7 +136,7 @@ def resident(pid: int) -> int:
 
 def memory_over_requests(model: str, count: int, concurrency: int = 16) -> dict[str, Any]:
     """The server's memory after a tenth of the requests, then at ten points to the end."""
-    pool = pool_of_requests(model, 40, 3)
+    pool = pool_of_requests(model, 40, 3, length=40)
 
     async def some(address: str, number: int) -> list[str]:
         gate = asyncio.Semaphore(concurrency)

@@ -18,7 +18,7 @@ import triton.language as tl
 _TILE = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,

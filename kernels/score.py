@@ -19,7 +19,7 @@ _ROWS, _COLUMNS, _DEPTH = 16, 64, 32
 _DOCUMENTS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_docs", "num_rows"])
 def _project_kernel(
     x_ptr, doc_rows_ptr, query_rows_ptr, norm_weight_ptr, w_ptr, out_ptr,
     x_row_stride, num_docs, num_rows, width, num_out, eps,
@@ -60,7 +60,7 @@ def _cosines(docs, query):
     return tl.sum(docs * query[None, :], axis=1) / tl.maximum(norms, 1e-16) + 0.0 * norms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_docs", "num_sequences"])
 def _fuse_kernel(
     docs_ptr, queries_ptr, doc_sequence_ptr, sequence_request_ptr, scores_ptr, num_docs, num_sequences, width,
     DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,

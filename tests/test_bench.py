@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import bench.end_to_end
+import bench.load
 import bench.measure
 from bench.plots import plot_roofline
 
@@ -69,6 +70,17 @@ def test_roofline_plot(tmp_path):
     rows = [{"kernel": "ceilings", "tflops": 600.0, "gb_per_s": 3000.0}, row]
     (tmp_path / "x.json").write_text(json.dumps({"machine": {"gpu": "a GPU", "torch": "2"}, "rows": rows}))
     assert plot_roofline(tmp_path / "x.json").stat().st_size > 1000
+
+
+def test_load_on_a_tiny_model(results, small, capsys):
+    """Nothing wrong, nothing lost, and what is counted is what was sent."""
+    arguments = ["--model", str(small), "--documents", "2", "--seconds", "1", "--loads", "1", "--memory-requests", "20"]
+    assert bench.load.main([*arguments, "--name", "x"]) == 0
+    rows = json.loads((results / "x.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == ["one at a time", "load", "engine", "memory"]
+    assert rows[1]["answered"] > 0 and rows[1]["wrong"] == rows[1]["failed"] == rows[3]["wrong"] == 0
+    assert rows[3]["requests"] == 20 and len(rows[3]["resident_bytes"]) == 10
+    assert (results / "x.png").stat().st_size > 1000
 
 
 def test_a_provider_with_wrong_scores_is_not_timed():

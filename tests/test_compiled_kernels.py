@@ -71,3 +71,32 @@ def test_the_committed_table_is_what_the_compiler_gives(report):
     if committed["machine"]["triton"] != machine["triton"]:
         pytest.skip(f"the table was made with Triton {committed['machine']['triton']}, here is {machine['triton']}")
     assert rows == committed["rows"]
+
+
+def test_lengths_do_not_recompile():
+    """Passes of any length, 1 and multiples of 16 among them, run the same compiled kernels."""
+    code = (
+        "import torch\n"
+        "from bench.compile_kernels import TARGETS, compiling_for\n"
+        "from lastrerank.kernels import attention, qk_norm_rope, rms_norm, score, swiglu\n"
+        "kinds = set()\n"
+        "for rows in (1, 16, 37):\n"
+        "    x, w = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)\n"
+        "    cu = torch.tensor([0, rows], dtype=torch.int32)\n"
+        "    q = torch.zeros(rows, 4, 64, dtype=torch.bfloat16)\n"
+        "    maps = [torch.arange(rows), torch.tensor([0]), torch.zeros(rows).long(), torch.tensor([0])]\n"
+        "    table, w2 = torch.zeros(rows, 32), torch.zeros(64, 64, dtype=torch.bfloat16)\n"
+        "    with compiling_for(TARGETS['sm_90']) as compiled:\n"
+        "        rms_norm.rms_norm(x, w, 1e-6)\n"
+        "        swiglu.swiglu(x)\n"
+        "        attention.attention(q, q[:, :2].contiguous(), q[:, :2].contiguous(), cu, rows, None, 1.0)\n"
+        "        qk_norm_rope.qk_norm_rope(q.flatten(1), w, w, table, table, torch.arange(rows), 2, 1, 1e-6)\n"
+        "        score.score(x, *maps, w, w2, w2, 1e-6)\n"
+        "    kinds |= {(k.metadata.name, k.hash) for k in compiled}\n"
+        "print(len({name for name, _ in kinds}), len(kinds))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names, kinds = map(int, done.stdout.split())
+    assert names == 6 and kinds == 7  # the two projections differ: gather, norm and ReLU are the first one's
