@@ -9,19 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
 import re
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +24,9 @@ import numpy as np
 
 from bench.measure import write_results
 from bench.plots import plot_load
+from bench.serving import serving
 
 TEXTS = Path(__file__).parent.parent / "tests" / "data" / "texts.jsonl"
-
-
-@contextmanager
-def serving(model: str, *options: str) -> Iterator[tuple[str, int]]:
-    """A server process; its address and pid."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lastrerank", "serve", "--model", model, "--port", str(port), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{address}/ready").status_code == 200:
-                    break
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {process.returncode}")
-            time.sleep(0.05)
-        yield address, process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def pool_of_requests(
@@ -148,11 +120,11 @@ def memory_over_requests(model: str, count: int, concurrency: int = 16) -> dict[
         async with httpx.AsyncClient(timeout=120) as client:
             return await asyncio.gather(*(bounded(i) for i in range(number)))
 
-    with serving(model) as (address, pid):
+    with serving("--model", model) as (address, process):
         outcomes, points = [], []
         for _ in range(10):
             outcomes += asyncio.run(some(address, count // 10))
-            points.append(resident(pid))
+            points.append(resident(process.pid))
             log(f"{len(outcomes)} requests: {points[-1] / 2**20:.1f} MiB")
     return {"part": "memory", "requests": len(outcomes), "wrong": sum(o != "answered" for o in outcomes),
             "resident_bytes": points}  # fmt: skip
@@ -178,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     model = options.model or str(default_model())
     pool = pool_of_requests(model, 100, options.documents)
     rows: list[dict[str, Any]] = []
-    with serving(model, "--max-queue-tokens", str(options.max_queue_tokens)) as (address, _):
+    with serving("--model", model, "--max-queue-tokens", str(options.max_queue_tokens)) as (address, _):
         asyncio.run(closed_loop(address, pool, min(5.0, options.seconds)))
         alone = asyncio.run(closed_loop(address, pool, min(20.0, options.seconds)))
         log(f"one at a time: {alone:.1f} requests/s")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 def plot_end_to_end(path: Path) -> Path:
     """Tokens per second by workload and provider, with quartiles: `<path>.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     report = json.loads(path.read_text())
     rows = [row for row in report["rows"] if "seconds" in row]
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
@@ -33,19 +30,12 @@ def plot_end_to_end(path: Path) -> Path:
     axes.set_ylabel("prompt tokens per second")
     axes.set_title(f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, torch {machine['torch']}")
     axes.legend(fontsize=8)
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
-    return target
+    return _save(figure, path)
 
 
 def plot_roofline(path: Path) -> Path:
     """Our kernels under the two measured ceilings, TFLOP/s over operations a byte: `<path>.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     report = json.loads(path.read_text())
     ceilings = next(row for row in report["rows"] if row["kernel"] == "ceilings")
     rows = [row for row in report["rows"] if row.get("provider") == "lastrerank" and "intensity" in row]
@@ -61,19 +51,12 @@ def plot_roofline(path: Path) -> Path:
     machine = report["machine"]
     axes.set_title(f"{machine['gpu']}, torch {machine['torch']}")
     axes.legend(fontsize=8)
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
-    return target
+    return _save(figure, path)
 
 
 def plot_load(path: Path) -> Path:
     """Latency and answered requests over offered load: `<path>.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     report = json.loads(path.read_text())
     rows = [row for row in report["rows"] if row["part"] == "load" and "answered_ms" in row]
     alone = next(row["answered_per_s"] for row in report["rows"] if row["part"] == "one at a time")
@@ -92,7 +75,20 @@ def plot_load(path: Path) -> Path:
     right.legend()
     for axes in (left, right):
         axes.set_xlabel("offered requests per second")
+    return _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=110)
-    plt.close(figure)
+    _pyplot().close(figure)
     return target

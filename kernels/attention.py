@@ -134,41 +134,13 @@ def attention(
     window: int | None,
     scale: float,
     rows: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `lastrerank.ops.Operations.attention`; max_seqlen bounds the sequences' lengths.
 
     Raises:
         ValueError: a head width or layout that the kernel doesn't serve.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _launch(q, k, v, cu_seqlens, max_seqlen, window, scale, rows, out)
-    return out
-
-
-def attention_over_queries(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    window: int | None,
-    scale: float,
-) -> None:
-    """The same for every row, written over q."""
-    _launch(q, k, v, cu_seqlens, max_seqlen, window, scale, None, q)
-
-
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    window: int | None,
-    scale: float,
-    rows: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
     head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
     if head_dim not in _HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}, expected one of {_HEAD_DIMS}")
@@ -177,6 +149,7 @@ def _launch(
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
     if q.shape[1] % k.shape[1] or k.shape != v.shape:
         raise ValueError(f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     block_m, block_n, warps, stages = _tile(q.dtype)
     bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
     most = max_seqlen if rows is None else min(max_seqlen, len(rows))
@@ -187,3 +160,4 @@ def _launch(
         HEAD_DIM=head_dim, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, HAS_ROWS=rows is not None,
         HAS_WINDOW=window is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return out

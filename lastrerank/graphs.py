@@ -66,7 +66,8 @@ class GraphedModel:
     """Captured passes of a model on a CUDA device. May be used from several threads.
 
     Memory, beyond the model's: the activations of the largest bucket once, because the graphs share one pool and are
-    replayed one at a time: 4,096 tokens at 12 KiB each and the MLP's chunk buffers, about 150 MiB at 0.6B in bf16.
+    replayed one at a time. By count, not measured: 4,096 tokens at 12 KiB each, the MLP's chunk buffers and a library
+    workspace are about 150 MiB at 0.6B in bf16.
 
     Args:
         model: its operations must launch the same kernels for every pass of a shape, without reading the device.

@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
 import httpx
 import pytest
 
+from bench.serving import serving
 from lastrerank import Reranker
 from lastrerank.engine import Engine
 from lastrerank.server import Limits, create_app
@@ -291,29 +289,6 @@ def test_too_late_is_504(small_reranker, monkeypatch):
 # A real server, in a process of its own
 
 
-@contextlib.contextmanager
-def serving(folder, *arguments, patch=""):
-    """`lastrerank serve`, with a line of Python run first; yields its address and process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = f"{patch}\nimport sys; from lastrerank.cli import app; app(sys.argv[1:])"
-    command = [sys.executable, "-c", script, "serve", "--model", str(folder), "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"LASTRERANK_API_KEY": ""})
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{address}/ready").status_code == 200:
-                    break
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
-        yield address, process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 SLOW = """
 import time; from lastrerank import Reranker
 real = Reranker.read_rows
@@ -323,7 +298,8 @@ Reranker.read_rows = lambda self, blocks, **k: (time.sleep(0.3), real(self, bloc
 
 def test_real_server_faults(small, documents):
     body = {"query": QUERY, "documents": documents[:2]}
-    with serving(small, "--max-batch-tokens", "200", "--max-body", "100000", patch=SLOW) as (address, process):
+    options = ["--model", str(small), "--max-batch-tokens", "200", "--max-body", "100000"]
+    with serving(*options, first=SLOW) as (address, process):
         expected = httpx.post(f"{address}/rerank", json=body, timeout=60).json()["results"]
         local = Reranker.from_pretrained(small).rerank(QUERY, documents[:2])
         assert [r["index"] for r in expected] == [r["index"] for r in local]

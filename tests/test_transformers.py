@@ -117,12 +117,12 @@ def test_what_is_not_served_is_refused():
 
 
 @pytest.mark.parametrize("overrides", [{}, WINDOWED], ids=["full", "windowed"])
-@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize("side", ["left", "right", None, "one row"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
 def test_registered_attention(overrides, side, grad):
     model = decoder(**overrides)
-    ids, mask = padded(side or "left")
-    mask = mask if side else None
+    ids, mask = padded(side if side in ("left", "right") else "left")
+    ids, mask = (ids, mask if side else None) if side != "one row" else (ids[:1], None)
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     gradients = []
     outputs = []

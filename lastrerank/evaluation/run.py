@@ -85,7 +85,6 @@ def rerank_run(
     settings: Mapping[str, Any],
     *,
     max_doc_length: int | None = None,
-    max_query_length: int | None = None,
     progress: bool | None = None,
 ) -> Run:
     """Rerank the candidates of every query in packed passes; what `path` already holds is not done again.
@@ -109,11 +108,12 @@ def rerank_run(
         for group in _groups(left, 16):
             requests = [
                 RerankRequest.of(
-                    RerankRequest(dataset.queries[q], [dataset.documents[d] for d in candidates[q]],
-                                  max_doc_length=max_doc_length, max_query_length=max_query_length)
+                    RerankRequest(
+                        dataset.queries[q], [dataset.documents[d] for d in candidates[q]], max_doc_length=max_doc_length
+                    )
                 )
                 for q in group
-            ]  # fmt: skip
+            ]
             encoded = [reranker.encode(request) for request in requests]
             tokens += sum(e.num_tokens for e in encoded)
             for query, request, scored in zip(

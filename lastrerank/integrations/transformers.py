@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def _hidden_states(
     model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """`[B, T]` ids, padded left or right, to hidden states `[B, T, D]` after the final norm."""
-    there, lengths = _valid(input_ids.shape, attention_mask, input_ids.device)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    there, lengths = _valid(input_ids.shape, mask)
     positions = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
     if position_ids is not None:
         given = position_ids.expand(input_ids.shape)[there]
@@ -158,6 +160,10 @@ def register_attention(backend: str = "auto") -> str:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    @lru_cache
+    def operations_for(device: torch.device, dtype: torch.dtype) -> ops.Operations:
+        return ops.select(backend, device, dtype)[1]
+
     def attention(
         module: Any,
         query: torch.Tensor,
@@ -175,15 +181,22 @@ def register_attention(backend: str = "auto") -> str:
         if dropout or not getattr(module, "is_causal", True):
             raise ValueError("dropout and attention that isn't causal are not served")
         batch, _, length, head_dim = query.shape
-        there, lengths = _valid((batch, length), attention_mask, query.device)
-        q, k, v = (x.transpose(1, 2)[there] for x in (query, key, value))
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        operations = ReferenceOperations() if grad else ops.select(backend, query.device, query.dtype)[1]
-        arguments = (q, k, v, _cu_seqlens(lengths, query.device), lengths, sliding_window)
-        scale = head_dim**-0.5 if scaling is None else scaling
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        operations = ReferenceOperations() if grad else operations_for(query.device, query.dtype)
+        # [B * T, heads, d]; a batch of one is not copied by flatten, and its heads are then not beside each other.
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
+        there, lengths = None, (length,) * batch
+        if attention_mask is not None:
+            there, lengths = _valid((batch, length), attention_mask)
+            there = there.flatten()
+            q, k, v = q[there], k[there], v[there]
+        cu_seqlens = _cu_seqlens(lengths, query.device)
         with torch.set_grad_enabled(grad), current_device(query.device):
-            packed = operations.attention(*arguments, scale)
-        return packed.new_zeros(batch, length, *packed.shape[1:]).index_put((there,), packed), None
+            scale = head_dim**-0.5 if scaling is None else scaling
+            out = operations.attention(q, k, v, cu_seqlens, lengths, sliding_window, scale)
+        if there is not None:
+            out = out.new_zeros(batch * length, *out.shape[1:]).index_put((there,), out)
+        return out.unflatten(0, (batch, length)), None
 
     def mask(*shape: Any, attention_mask: torch.Tensor | None = None, **other: Any) -> torch.Tensor | None:
         """The padding as it is, `[B, T]`."""
@@ -194,16 +207,12 @@ def register_attention(backend: str = "auto") -> str:
     return ATTENTION
 
 
-def _valid(
-    shape: tuple[int, ...], attention_mask: torch.Tensor | None, device: torch.device
-) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _valid(shape: tuple[int, ...], attention_mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Where tokens are, bool `[B, T]`, and each row's number of them.
 
     Raises:
         ValueError: the mask has another shape, an empty row, or a hole in a row.
     """
-    if attention_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device), (shape[1],) * shape[0]
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(shape)}")
     there = attention_mask.bool()
@@ -215,4 +224,4 @@ def _valid(
 
 
 def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)

@@ -7,6 +7,7 @@ graph, profilers see names, and FLOP counters count the attention. Asked for by 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,10 @@ class TritonOperations(ReferenceOperations):
         return vectors[: len(doc_rows)], vectors[len(doc_rows) :], scores
 
 
+def _attention_over_queries(q: Tensor, *arguments: Any) -> None:
+    attention_kernel.attention(q, *arguments, out=q)
+
+
 # name, schema, implementation, shape of the result. A trailing underscore: the first argument is written.
 _ATTENTION = "Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, SymInt? window, float scale"
 _OPERATIONS = (
@@ -100,7 +105,7 @@ _OPERATIONS = (
     ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows) -> Tensor",
      attention_kernel.attention, lambda q, *arguments: q.new_empty(q.shape)),
     ("attention_", f"(Tensor(a!) q, {_ATTENTION}) -> ()",
-     attention_kernel.attention_over_queries, lambda *arguments: None),
+     _attention_over_queries, lambda *arguments: None),
     ("swiglu", "(Tensor gate_up) -> Tensor",
      swiglu_kernel.swiglu, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)),
     ("score", "(Tensor hidden, Tensor doc_rows, Tensor query_rows, Tensor doc_sequence, Tensor sequence_request, "

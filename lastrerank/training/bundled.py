@@ -1,6 +1,7 @@
 """The recipe of a small checkpoint to bundle; `python -m lastrerank.training.bundled DATA OUT`.
 
-None is bundled yet: 600 steps of stage one gave a mean dev nDCG@10 of 0.26 where a random order has 0.16.
+None is bundled yet. With `--dev`, 600 steps of stage one had a mean dev nDCG@10 of 0.26 over BM25's best 20 of four
+sets (LibreOffice help in English, German and Japanese, Debian), where a random order has 0.14 and BM25 0.57.
 
 A small decoder does not learn to rank from lists alone in hours on a CPU: from a random start its readouts collapse to
 one direction. So it starts as a bag of words that already knows some meaning, and is then taught by an embedding model
@@ -234,7 +235,8 @@ def initial_checkpoint(
             table[row] -= 0.3 * shared
     save()
     docs, queries, doc_targets, query_targets = _readouts(folder, data, 10_000, fit_lists)
-    normed = torch.cat([_normed(docs), _normed(queries).repeat_interleave(4, 0)]).double()
+    normed = torch.nn.functional.rms_norm(torch.cat([docs, queries.repeat_interleave(4, 0)]), (HIDDEN,), eps=1e-6)
+    normed = normed.double()
     normed[:, content] = 0
     targets = torch.cat([doc_targets, query_targets.repeat_interleave(4, 0)]).double()
     gram = normed.t() @ normed
@@ -260,10 +262,6 @@ def _readouts(folder: Path, data: TrainingData, first: int, count: int) -> tuple
         for store, value in zip(found, (rows[:-1], rows[-1:], *targets), strict=True):
             store.append(torch.as_tensor(np.asarray(value, dtype=np.float32)))
     return tuple(torch.cat(parts) for parts in found)
-
-
-def _normed(rows: torch.Tensor) -> torch.Tensor:
-    return rows * torch.rsqrt(rows.square().mean(1, keepdim=True) + 1e-6)
 
 
 def _embedded(teacher: Teacher, texts: Sequence[str]) -> np.ndarray:

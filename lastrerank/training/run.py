@@ -1,6 +1,6 @@
 """`lastrerank train`: from raw pairs or lists to a checkpoint, resumed if interrupted, watched on dev sets.
 
-The output folder holds `config.json` (the recipe), `log.jsonl`, `state.pt`, `progress.png`, `last/` and, with dev sets,
+The output folder holds `recipe.json`, `log.jsonl`, `state.pt`, `progress.png`, `last/` and, with dev sets,
 `best/`: the checkpoint of the best dev nDCG@10 so far, which is what early stopping keeps.
 """
 
@@ -72,7 +72,7 @@ def train(
         trainer.load_state(state)
         records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
         log_path.write_text("".join(json.dumps(row) + "\n" for row in records))
-    (target / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    (target / "recipe.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
     best, since = _best(records)
     with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress) as bar:

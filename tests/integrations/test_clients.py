@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 from conftest import DOCUMENTS, QUERY
 
+from bench.serving import serving
+
 
 @pytest.fixture(scope="module")
 def address(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lastrerank", "serve", "--model", str(folder), "--port", str(port)]
-    process = subprocess.Popen([*command, "--model-name", "small"], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready")
-                break
-            assert process.poll() is None
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
+    with serving("--model", str(folder), "--model-name", "small") as (address, _):
+        yield address
 
 
 def test_cohere_sdk(address, expected):
@@ -56,11 +40,12 @@ def test_langchains_jina_rerank(address, expected):
     assert [d.metadata["relevance_score"] for d in found] == pytest.approx([s for _, s in expected[:3]])
 
 
-def test_schemathesis_finds_no_server_error(address):
+def test_schemathesis_finds_no_server_error(address, tmp_path):
     """Requests made from the description, good and bad: no 5xx, and answers that are as described."""
     pytest.importorskip("schemathesis")
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json", "--checks",
                "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
                "--max-examples", "60", "--seed", "1", "--request-timeout", "20"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "Tested: 9" in done.stdout, done.stdout[-3000:]
