@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.measure import PeakMemory, interleaved, write_results
+from bench.measure import PeakMemory, write_results
 from bench.plots import plot_end_to_end
 from bench.providers import PROVIDERS, Request, UnavailableError
+from lastrerank.speed import interleaved
 
 # Documents and bare tokens of each, lists in one call.
 WORKLOADS = {

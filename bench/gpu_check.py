@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from bench.measure import interleaved, write_results
+from bench.measure import write_results
+from lastrerank.speed import interleaved
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from bench.measure import RESULTS, spread, write_results
+from bench.measure import RESULTS, write_results
 from bench.plots import plot_roofline
+from lastrerank.speed import spread
 
 # Lists: documents and bare tokens of each, in one prompt. A prompt adds 119 tokens and 14 a document.
 SHAPES = {

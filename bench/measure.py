@@ -1,4 +1,4 @@
-"""Measuring: interleaved variants, medians and spread, the machine in every result."""
+"""Measuring: peak memory, and the machine in every result. Timing is `lastrerank.speed`'s."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +45,6 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def interleaved(variants: Mapping[str, Callable[[], Any]], runs: int, warmup: int = 1) -> dict[str, dict[str, float]]:
-    """Time each variant `runs` times, taking turns. Seconds: median, and the quartiles as spread."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(warmup + runs):
-        for name, call in variants.items():
-            started = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= warmup:
-                times[name].append(time.perf_counter() - started)
-    return {name: spread(values) for name, values in times.items()}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles of at least one value."""
-    if len(values) < 2:
-        return {"median": values[0], "low": values[0], "high": values[0], "runs": 1}
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high, "runs": len(values)}
 
 
 class PeakMemory:

@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--model", default="")
     parser.add_argument("--queries", type=int, default=200, help="a dev set, sampled with seed 0")
     parser.add_argument("--zero-shot-queries", type=int, default=100)
+    parser.add_argument("--agreement-queries", type=int, default=50, help="a dev set, for Kendall's tau")
     parser.add_argument("--name", default="quality")
     options = parser.parse_args()
     model = options.model or str(default_model())
@@ -108,7 +109,7 @@ def main() -> None:
             )  # fmt: skip
             rows += [{"part": "zero-shot", "dtype": "float32", **row} for row in report["rows"]]
             log_rows(report["rows"])
-    rows += agreement(options.data, model, min(50, options.queries))
+    rows += agreement(options.data, model, options.agreement_queries)
     path = write_results(options.name, rows)
     shown = [row for row in rows if row.get("part") == "dev" and row["dtype"] == "float32"]
     plot({"settings": settings, "rows": shown}, path.with_suffix(".png"))

@@ -34,14 +34,10 @@ def _main() -> None:
 
 
 def default_model() -> Path:
-    """The embedded checkpoint; as long as none is bundled, a small random one, written once to the user's cache."""
-    from lastrerank.random_checkpoint import write_random_checkpoint
+    """The embedded checkpoint."""
+    from lastrerank.checkpoint import BUNDLED_MODELS
 
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lastrerank"
-    folder = root / "random-tiny"
-    if not (folder / "model.safetensors").is_file():
-        write_random_checkpoint(folder, "tiny")
-    return folder
+    return BUNDLED_MODELS / "lastrerank-13m"
 
 
 @app.command()
@@ -202,6 +198,46 @@ def serve(
     uvicorn.run(
         application, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=drain_timeout
     )
+
+
+@app.command()
+def bench(
+    model: ModelOption = "",
+    documents: Annotated[int, typer.Option(help="Documents of a list.")] = 16,
+    doc_tokens: Annotated[int, typer.Option(help="Tokens of a document.")] = 128,
+    lists: Annotated[int, typer.Option(help="Lists scored in one call.")] = 1,
+    runs: Annotated[int, typer.Option(help="Timed calls of each backend.")] = 5,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """How fast a model runs here, by every backend, and how far the scores are from the reference's."""
+    from lastrerank.speed import measure
+
+    try:
+        rows = measure(
+            model or default_model(), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs
+        )
+    except (ValueError, RuntimeError) as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{rows[0]['prompt_tokens']} prompt tokens on {rows[0]['device']}", title_justify="left")
+    for name in ("backend", "dtype"):
+        table.add_column(name)
+    for name in ("median ms", "quartiles", "tokens/s", "difference"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = row["seconds"]
+        table.add_row(
+            row["backend"], row["dtype"], f"{1e3 * seconds['median']:.1f}",
+            f"{1e3 * seconds['low']:.1f} to {1e3 * seconds['high']:.1f}", f"{row['tokens_per_s']:,.0f}",
+            f"{row['max_difference']:.1e}",
+        )  # fmt: skip
+    Console().print(table)
 
 
 @app.command()

@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from lastrerank.random_checkpoint import small_tokenizer
-from lastrerank.training.bundled import _readouts, bundled_tokenizer, initial_checkpoint, pool_weights, taught_lists
+from lastrerank import Reranker
+from lastrerank.packing import pack
+from lastrerank.training.bundled import bundled_tokenizer, pool_weights, taught_lists
 from lastrerank.training.data import read_training_data
+from lastrerank.training.start import (
+    IN_HEADER,
+    IN_QUERY,
+    MATCHED,
+    NUMBER,
+    SCALE,
+    _readouts,
+    initial_checkpoint,
+)  # fmt: skip
 
 
 def teacher(texts):
@@ -52,21 +62,60 @@ def test_lists_know_the_teacher(taught):
     assert weights["debian/de"] == pytest.approx(0.1)
 
 
-def test_the_start_knows_what_words_mean(taught, tmp_path):
-    """Untrained, the readouts are nearer to the teacher's embeddings of their own texts than chance."""
-    folder, _, _ = taught
-    data, tokenizer = read_training_data(folder), small_tokenizer()
+@pytest.fixture(scope="module")
+def start(taught, tmp_path_factory):
+    lists, documents, pairs = taught
+    data, tokenizer = read_training_data(lists), bundled_tokenizer(documents, pairs)
     texts = [tokenizer.decode([i]).strip() or " " for i in range(tokenizer.get_vocab_size())]
-    start = initial_checkpoint(tmp_path / "start", tokenizer, teacher(texts), data, fit_lists=60)
-    docs, _, targets, _ = _readouts(start, data, 50_000, 20)
-    from lastrerank import Reranker
+    folder = tmp_path_factory.mktemp("start")
+    return initial_checkpoint(folder, tokenizer, teacher(texts), data, fit_lists=20)
 
+
+def test_the_start_knows_what_words_mean(taught, start):
+    """Untrained, the readouts are nearer to the teacher's embeddings of their own texts than chance."""
+    docs, _, targets, _ = _readouts(start, read_training_data(taught[0]), 50_000, 20)
     model = Reranker.from_pretrained(start, backend="reference").model
     normed = model.ops.rms_norm(docs, model.weights.norm, 1e-6)
-    vectors = torch.relu(normed @ model.weights.w1.t()) @ model.weights.w2.t()
+    vectors = (torch.relu(normed @ model.weights.w1.t()) @ model.weights.w2.t())[:, :512]
     own = torch.cosine_similarity(vectors, targets)
     others = torch.cosine_similarity(vectors, targets.roll(1, 0))
     assert own.mean() > 0.4 and own.mean() > others.mean() + 0.3, (own.mean(), others.mean())
+
+
+def test_the_start_reads_the_prompt(start, monkeypatch):
+    """Untrained: which tokens are the query, which document a token is of, and where the query's words are."""
+    reranker = Reranker.from_pretrained(start, backend="reference")
+    words = "numerical identifier indicated assess analyze determine depends provide".split()  # noqa: SIM905
+    rng = np.random.default_rng(0)
+    documents = [" " + " ".join(rng.choice(words, 20)) for _ in range(6)]
+    for place in (1, 4):
+        documents[place] = " assess analyze satisfies determine"
+    query = reranker.encoder.cut(["satisfies"], 32)[0]
+    block = reranker.encoder.encode_block(query, reranker.encoder.cut(documents, 96))
+    outputs, mlp = [], reranker.model._mlp
+    monkeypatch.setattr(reranker.model, "_mlp", lambda *a: outputs.append(mlp(*a)) or outputs[-1])
+    with torch.inference_mode():
+        reranker.model.hidden_states(pack([block], torch.device("cpu")))
+        first, second = (residual + added for residual, added in outputs[:2])
+    tokens = [reranker.checkpoint.tokenizer.id_to_token(int(i)) for i in block.ids]
+
+    begin, headers = tokens.index("ĠRank"), [i for i, token in enumerate(tokens) if token == "<passage"]
+    found = (first[:, IN_QUERY] > SCALE / 3).nonzero()[:, 0].tolist()
+    assert found == list(range(begin, headers[0]))
+    in_header = first[:, IN_HEADER] > SCALE / 3
+    assert all(in_header[i : i + 4].all() and not in_header[i + 10 : i + 12].any() for i in headers)
+
+    numbers = torch.nn.functional.normalize(second[:, NUMBER], dim=1)
+    for place, (header, marker) in enumerate(zip(headers, block.doc_rows.tolist(), strict=True)):
+        same = numbers[header + 8 : marker] @ numbers[marker]
+        others = numbers[[row for row in block.doc_rows.tolist() if row != marker]] @ numbers[marker]
+        assert same.min() > 0.9 and others.max() < 0.9, (place, same, others)
+
+    # Not in the first document: words that are everywhere look about evenly at all before them, there at the query.
+    inside = [row for h, m in zip(headers[1:], block.doc_rows.tolist()[1:], strict=True) for row in range(h + 8, m)]
+    own = [row for row in inside if tokens[row] == "Ġsatisfies"]
+    others = [row for row in inside if row not in own]
+    assert len(own) == 2 and second[own, MATCHED].min() > 5 * second[others, MATCHED].mean()
 
 
 def test_tokenizer(taught):

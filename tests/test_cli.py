@@ -40,6 +40,19 @@ def test_stdin_and_table(run):
     assert "the order means nothing" in done.stdout
 
 
+def test_bench_times_what_agrees(run):
+    done = run("bench", "--documents", "3", "--doc-tokens", "20", "--runs", "2", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {"reference"} <= {row["backend"] for row in rows}
+    for row in rows:
+        assert row["prompt_tokens"] > 60 and row["seconds"]["runs"] == 2
+        assert row["tokens_per_s"] == pytest.approx(row["prompt_tokens"] / row["seconds"]["median"])
+        assert row["max_difference"] <= (0.2 if row["dtype"] == "int8" else 1e-5)
+    shown = run("bench", "--documents", "3", "--doc-tokens", "20", "--runs", "1", "--device", "cpu")
+    assert "tokens/s" in shown.stdout and "reference" in shown.stdout
+
+
 def test_no_documents_is_an_empty_answer(run):
     done = run("rerank", "a query", "--json", stdin="")
     assert done.returncode == 0 and json.loads(done.stdout)["results"] == []
@@ -54,6 +67,7 @@ def test_no_documents_is_an_empty_answer(run):
         (("rerank", "q", "number.jsonl"), None, "number.jsonl:1: expected a string or an object"),
         (("rerank", "q", "--top-n", "-1"), "a", "top_n is -1"),
         (("rerank", "q", "--device", "tpu"), "a", "device is 'tpu'"),
+        (("bench", "--runs", "0"), None, "runs is 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run, tmp_path, arguments, stdin, message):

@@ -38,6 +38,7 @@ def train(
     dev: Sequence[str | os.PathLike[str]] = (),
     every: int = 200,
     patience: int | None = None,
+    stop: int | None = None,
     device: str = "cpu",
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def train(
         weights: relative frequency of each pool of lists.
         dev: BEIR-format folders with a `dev` split, scored every `every` steps.
         patience: stop after this many looks at dev without a new best.
+        stop: leave the recipe's schedule after this many of its steps.
         device: torch device.
 
     Returns:
@@ -76,10 +78,11 @@ def train(
     sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
     best, since = _best(records)
     with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress) as bar:
-        bar.add_total(config.steps - trainer.step)
-        while trainer.step < config.steps and (patience is None or since < patience):
+        end = config.steps if stop is None else min(stop, config.steps)
+        bar.add_total(end - trainer.step)
+        while trainer.step < end and (patience is None or since < patience):
             before = trainer.step
-            trainer.train(log, until=trainer.step + every)
+            trainer.train(log, until=min(end, trainer.step + every))
             bar.advance(trainer.step - before)
             trainer.save_checkpoint(target / "last")
             if sets:

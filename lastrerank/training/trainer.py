@@ -181,9 +181,13 @@ class Trainer:
         if config.distill and example.teacher is not None:
             losses["distill"] = distill_loss(scores, torch.tensor(example.teacher, device=self.device), t)
         if config.embedding and example.document_vectors is not None and example.query_vector is not None:
-            # The query weighs as much as all documents together: every score has it in it.
+            # The teacher's channels are the first of ours. The query weighs as much as all documents together: every
+            # score has it in it.
             pairs = ((docs, example.document_vectors), (query_vector, example.query_vector[None]))
-            both = [embedding_loss(own, torch.tensor(np.float32(his), device=self.device)) for own, his in pairs]
+            both = [
+                embedding_loss(own[:, : his.shape[1]], torch.tensor(np.float32(his), device=self.device))
+                for own, his in pairs
+            ]
             losses["embedding"] = (both[0] + both[1]) / 2
         return losses, len(block.ids)
 

@@ -1,0 +1,104 @@
+"""`lastrerank bench`: how fast a checkpoint runs on this machine, by every backend that can run it here."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lastrerank import ops
+from lastrerank.reranker import Reranker, RerankRequest, resolve_device
+
+
+def measure(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    documents: int = 16,
+    doc_tokens: int = 128,
+    lists: int = 1,
+    runs: int = 5,
+) -> list[dict[str, Any]]:
+    """Score the same lists by every backend and dtype that runs here, taking turns, and compare the scores.
+
+    Args:
+        model: folder, bundled name or Hub id.
+        documents: of a list; parts of real help pages, cut at exactly `doc_tokens` tokens.
+        lists: scored in one call.
+        runs: timed calls of each, after one that is not.
+
+    Returns:
+        A row each: backend, dtype, prompt tokens, seconds (median and quartiles), tokens a second, and the largest
+        difference of a score from the reference's in fp32.
+
+    Raises:
+        ValueError: a count is not positive, or the checkpoint can't be read.
+    """
+    for name, value in (("documents", documents), ("doc_tokens", doc_tokens), ("lists", lists), ("runs", runs)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+    target = resolve_device(device)
+    dtype = "float32" if target.type == "cpu" else "bfloat16"
+    available = [name for name, reason in ops.availability(target, getattr(torch, dtype)).items() if reason is None]
+    variants = [(name, dtype) for name in available] + [("native", "int8")] * ("native" in available)
+    loaded = {f"{b} {d}": Reranker.from_pretrained(model, device=device, backend=b, dtype=d) for b, d in variants}
+    truth = Reranker.from_pretrained(model, device=device, backend="reference", dtype="float32")
+    requests = _requests(lists, documents, doc_tokens, truth)
+    expected = _scores(truth, requests)
+    tokens = sum(truth.encode(request).num_tokens for request in requests)
+    differences = {name: float(np.abs(_scores(r, requests) - expected).max()) for name, r in loaded.items()}
+    times = interleaved({name: partial(_scores, r, requests) for name, r in loaded.items()}, runs)
+    return [
+        {"backend": backend, "dtype": own, "device": str(target), "prompt_tokens": tokens,
+         "seconds": times[f"{backend} {own}"], "tokens_per_s": tokens / times[f"{backend} {own}"]["median"],
+         "max_difference": differences[f"{backend} {own}"]}
+        for backend, own in variants
+    ]  # fmt: skip
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], runs: int, warmup: int = 1) -> dict[str, dict[str, float]]:
+    """Time each variant `runs` times, taking turns. Seconds: median, and the quartiles as spread."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(warmup + runs):
+        for name, call in variants.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return {name: spread(values) for name, values in times.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles of at least one value."""
+    if len(values) < 2:
+        return {"median": values[0], "low": values[0], "high": values[0], "runs": 1}
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high, "runs": len(values)}
+
+
+def _requests(lists: int, documents: int, doc_tokens: int, reranker: Reranker) -> list[RerankRequest]:
+    example = json.loads((Path(__file__).parent / "demo.json").read_text(encoding="utf-8"))
+    words = " ".join(document["text"] for document in example["documents"]).split()
+    texts = []
+    for number in range(lists * documents):
+        start = 37 * number % len(words)
+        turned = words[start:] + words[:start]
+        # A word is at least one token.
+        texts.append(" ".join((turned * (doc_tokens // len(turned) + 1))[:doc_tokens]))
+    return [
+        RerankRequest(example["query"], texts[i : i + documents], max_doc_length=doc_tokens)
+        for i in range(0, len(texts), documents)
+    ]
+
+
+def _scores(reranker: Reranker, requests: list[RerankRequest]) -> np.ndarray:
+    return np.concatenate([s.scores for s in reranker.score_encoded([reranker.encode(r) for r in requests])])
