@@ -34,7 +34,8 @@ def isa(request, monkeypatch):
 def integer_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """What int8 means: weights to 7 bits by output, activations to 8 bits by row, exact integer sums, in fp64."""
     row_scale = x.abs().amax(1, keepdim=True) / 127
-    inverse = torch.where(row_scale > 0, 127 / x.abs().amax(1, keepdim=True), 0.0)
+    # By a tensor: PyTorch divides a number by a tensor as a product with the reciprocal, one rounding more.
+    inverse = torch.where(row_scale > 0, torch.full_like(row_scale, 127) / x.abs().amax(1, keepdim=True), 0.0)
     scaled = x * inverse
     q = (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc()
     column_scale = weight.abs().amax(1, keepdim=True) / 64
