@@ -49,7 +49,9 @@ def measure(
     available = [name for name, reason in ops.availability(target, getattr(torch, dtype)).items() if reason is None]
     variants = [(name, dtype) for name in available] + [("native", "int8")] * ("native" in available)
     loaded = {f"{b} {d}": Reranker.from_pretrained(model, device=device, backend=b, dtype=d) for b, d in variants}
-    truth = Reranker.from_pretrained(model, device=device, backend="reference", dtype="float32")
+    truth = loaded.get("reference float32") or Reranker.from_pretrained(
+        model, device=device, backend="reference", dtype="float32"
+    )
     requests = _requests(lists, documents, doc_tokens, truth)
     expected = _scores(truth, requests)
     tokens = sum(truth.encode(request).num_tokens for request in requests)

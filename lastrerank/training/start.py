@@ -69,6 +69,9 @@ NEAR = [1, 2, 3, 4, 5]
 WITHIN = [*range(3, 11)]
 SLOW = [*range(11, 31), *range(43, 63)]
 
+# Layer 2's query weight that says how much more than other words the query's own count in a document's average.
+PREFERENCE = (4 * HEAD_DIM + 63, CONSTANT)
+
 Noise = Callable[..., torch.Tensor]
 
 
@@ -273,14 +276,6 @@ def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> No
     layer.o[NUMBER, head : head + numbers] = 8 * torch.eye(numbers)
 
 
-def prefer_matches(state: dict[str, torch.Tensor], factor: float) -> None:
-    """Let words of the query weigh more in the average of their document, after training as before it.
-
-    One large weight, which training at a small rate hardly moves.
-    """
-    state["model.layers.2.self_attn.q_proj.weight"][4 * HEAD_DIM + 63, CONSTANT] *= factor
-
-
 def _average_documents(layer: _Layer, noise: Noise) -> None:
     layer.sharpen(slice(None), 40.0)
     layer.v[:] = 4 * (torch.eye(HIDDEN) + noise(0.005, HIDDEN, HIDDEN))
@@ -294,8 +289,15 @@ def _average_documents(layer: _Layer, noise: Noise) -> None:
             head = number * HEAD_DIM
             weight[[head + channel for channel in SLOW[:numbers]], NUMBER] = torch.eye(numbers) / 20
             weight[head + 61, CONSTANT] = 0.05
-    head = 4 * HEAD_DIM
-    layer.q[head + 63, CONSTANT], layer.k[head + 63, MATCHED] = 0.55 / 0.8, 0.3
+    layer.q[PREFERENCE], layer.k[PREFERENCE[0], MATCHED] = 0.55 / 0.8, 0.3
+
+
+def prefer_matches(state: dict[str, torch.Tensor], factor: float) -> None:
+    """Let words of the query weigh more in the average of their document, after training as before it.
+
+    One large weight, which training at a small rate hardly moves.
+    """
+    state["model.layers.2.self_attn.q_proj.weight"][PREFERENCE] *= factor
 
 
 def _fitted_projection(
