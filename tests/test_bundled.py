@@ -8,8 +8,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from lastrerank import Reranker
+from lastrerank.cli import default_model
 from lastrerank.packing import pack
 from lastrerank.training.bundled import bundled_tokenizer, pool_weights, taught_lists
 from lastrerank.training.data import read_training_data
@@ -17,6 +19,8 @@ from lastrerank.training.start import (
     IN_HEADER,
     IN_QUERY,
     MATCHED,
+    NEAREST,
+    NEAREST_OFFSET,
     NUMBER,
     SCALE,
     _readouts,
@@ -64,8 +68,7 @@ def test_lists_know_the_teacher(taught):
 
 @pytest.fixture(scope="module")
 def start(taught, tmp_path_factory):
-    lists, documents, pairs = taught
-    data, tokenizer = read_training_data(lists), bundled_tokenizer(documents, pairs)
+    data, tokenizer = read_training_data(taught[0]), Tokenizer.from_file(str(default_model() / "tokenizer.json"))
     texts = [tokenizer.decode([i]).strip() or " " for i in range(tokenizer.get_vocab_size())]
     folder = tmp_path_factory.mktemp("start")
     return initial_checkpoint(folder, tokenizer, teacher(texts), data, fit_lists=20)
@@ -87,16 +90,22 @@ def test_the_start_reads_the_prompt(start, monkeypatch):
     reranker = Reranker.from_pretrained(start, backend="reference")
     words = "numerical identifier indicated assess analyze determine depends provide".split()  # noqa: SIM905
     rng = np.random.default_rng(0)
-    documents = [" " + " ".join(rng.choice(words, 20)) for _ in range(6)]
-    for place in (1, 4):
+    lengths = rng.integers(8, 300, 22)  # numbers of two digits, documents short and long
+    documents = [" " + " ".join(rng.choice(words, length)) for length in lengths]
+    for place in (1, 14):
         documents[place] = " assess analyze satisfies determine"
     query = reranker.encoder.cut(["satisfies"], 32)[0]
-    block = reranker.encoder.encode_block(query, reranker.encoder.cut(documents, 96))
-    outputs, mlp = [], reranker.model._mlp
-    monkeypatch.setattr(reranker.model, "_mlp", lambda *a: outputs.append(mlp(*a)) or outputs[-1])
+    block = reranker.encoder.encode_block(query, reranker.encoder.cut(documents, 2048))
+    outputs, mlp = {}, reranker.model._mlp
+    def recorded(layer, *rest):
+        residual, added = mlp(layer, *rest)
+        outputs.setdefault(id(layer), []).append(residual + added)  # by chunks of rows
+        return residual, added
+
+    monkeypatch.setattr(reranker.model, "_mlp", recorded)
     with torch.inference_mode():
         reranker.model.hidden_states(pack([block], torch.device("cpu")))
-        first, second = (residual + added for residual, added in outputs[:2])
+    first, second = (torch.cat(outputs[id(layer)]) for layer in reranker.model.weights.layers[:2])
     tokens = [reranker.checkpoint.tokenizer.id_to_token(int(i)) for i in block.ids]
 
     begin, headers = tokens.index("ĠRank"), [i for i, token in enumerate(tokens) if token == "<passage"]
@@ -116,6 +125,19 @@ def test_the_start_reads_the_prompt(start, monkeypatch):
     own = [row for row in inside if tokens[row] == "Ġsatisfies"]
     others = [row for row in inside if row not in own]
     assert len(own) == 2 and second[own, MATCHED].min() > 5 * second[others, MATCHED].mean()
+
+
+def test_the_nearest_header_wins():
+    """The positions' part of the logit falls with the distance, and never below what is no header."""
+    distance = np.arange(32_768)
+    turn = {pair: 1e12 ** (-pair / 32) * distance for pair in NEAREST}
+    found = sum(a * np.cos(turn[pair]) + b * np.sin(turn[pair]) for pair, (a, b) in NEAREST.items())
+    assert found.min() + NEAREST_OFFSET > 0
+    highest_from = np.maximum.accumulate(found[::-1])[::-1]
+    logits = 700 / (sum(np.hypot(a, b) for a, b in NEAREST.values()) + NEAREST_OFFSET)
+    for longest, further, least in ((110, 30, 2), (300, 110, 10), (2_100, 270, 1)):
+        fall = found[1:longest] - highest_from[1 + further : longest + further]
+        assert logits * fall.min() > least, (longest, further, logits * fall.min())
 
 
 def test_tokenizer(taught):

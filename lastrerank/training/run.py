@@ -50,8 +50,8 @@ def train(
         output: folder for everything that is written.
         config: the recipe.
         weights: relative frequency of each pool of lists.
-        dev: BEIR-format folders with a `dev` split, scored every `every` steps.
-        patience: stop after this many looks at dev without a new best.
+        dev: BEIR-format folders with a `dev` split, scored at the start and every `every` steps.
+        patience: stop after this many looks at dev since the best.
         stop: leave the recipe's schedule after this many of its steps.
         device: torch device.
 
@@ -76,30 +76,33 @@ def train(
         log_path.write_text("".join(json.dumps(row) + "\n" for row in records))
     (target / "recipe.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
-    best, since = _best(records)
     with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress) as bar:
-        end = config.steps if stop is None else min(stop, config.steps)
-        bar.add_total(end - trainer.step)
-        while trainer.step < end and (patience is None or since < patience):
-            before = trainer.step
-            trainer.train(log, until=min(end, trainer.step + every))
-            bar.advance(trainer.step - before)
+
+        def look() -> None:
             trainer.save_checkpoint(target / "last")
             if sets:
                 scores = {s.dataset.name: s.ndcg(target / "last", device) for s in sets}
                 mean = sum(scores.values()) / len(sets)
-                row = {"step": trainer.step, "dev": scores, "dev_mean": mean}
-                since += 1
-                if mean > best:
-                    best, since = mean, 0
+                log.write(json.dumps({"step": trainer.step, "dev": scores, "dev_mean": mean}) + "\n")
+                log.flush()
+                if _best(_read_log(log_path))[1] == 0:
                     shutil.rmtree(target / "best", ignore_errors=True)
                     shutil.copytree(target / "last", target / "best")
-                log.write(json.dumps(row) + "\n")
-                log.flush()
             trainer.save_state(state)
             plot(_read_log(log_path), target / "progress.png")
+
+        end = config.steps if stop is None else min(stop, config.steps)
+        bar.add_total(end - trainer.step)
+        if not records:  # the start itself: a training that only harms must show
+            look()
+        while trainer.step < end and (patience is None or _best(_read_log(log_path))[1] < patience):
+            before = trainer.step
+            trainer.train(log, until=min(end, trainer.step + every))
+            bar.advance(trainer.step - before)
+            look()
     result = {"step": trainer.step, "output": str(target)}
-    return result | ({"best_dev_ndcg": best, **_read_log(log_path)[-1]} if sets else {})
+    records = _read_log(log_path)
+    return result | ({"best_dev_ndcg": _best(records)[0], **records[-1]} if sets else {})
 
 
 class _DevSet:

@@ -5,14 +5,14 @@ the query, where a document begins, that the same word in both means something. 
 is written into this one's first three layers, as soft as training needs it:
 
 0. (window of 128) In every token: does it stand between `Rank` and the first `<passage`, so in the query? Did a
-   `<passage` stand just before it, so is it in a document's header? A product with the first answer leaves, in query
-   tokens only, a code of the word and its rarity.
+   `<passage` stand just before it, so is it in a document's header? Was the token before this digit a digit, and which?
+   A product with the first answer leaves, in query tokens only, a code of the word and its rarity.
 1. Two heads look for the query's word that is most like this token, in two random projections of the teacher's token
    embeddings, and fetch its code: synonyms and other languages match as far as the teacher puts them together. If
-   none is alike the token finds itself, where no code is. A third head fetches the code of the digits of the nearest
-   header: which document this is.
+   none is alike the token finds itself, where no code is. A third head averages the digits of the nearest header: which
+   document this is.
 2. Every token averages its own document (equal numbers attract): meanings in four heads, in the fifth the matched
-   codes, which attract too. At a marker, that is the document's readout; at the last marker, the query's.
+   codes, which attract a little too. At a marker, that is the document's readout; at the last marker, the query's.
 3. Nearly nothing, to be learnt.
 
 The projector starts linear: averaged meanings to the teacher's embedding as well as ridge regression can, matched
@@ -20,11 +20,13 @@ codes to channels of their own. So before any training a score is the teacher's 
 query that is found in the document.
 
 Rotary embedding turns channel pairs i and i + d/2 of a head by theta^(-2i/d) a position. What must not depend on the
-distance stands in pairs that turn by less than 1e-4 (theta is 1e12 for that), what must, in fast ones.
+distance stands in pairs that turn by less than 1e-4 (theta is 1e12 for that), what must, in fast ones. A query `(1, 0)`
+and a key `(a, b)` in such a pair give `a cos + b sin` of the angle between them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,11 @@ MEANING = slice(0, 255)  # the teacher's embedding of the token, as long as the 
 CONSTANT = 255
 IN_QUERY, RANK, PASSAGE, RARITY, QUERY_RARITY, IN_HEADER = 256, 257, 258, 259, 260, 261
 MATCH = slice(264, 296)  # codes of the query's words
-NUMBER = slice(296, 316)  # code of the document's number
-MATCHED = 316  # rarity of the query's word that was matched
+DIGIT = slice(296, 306)  # which digit
+CLOSING = 306  # the closing query is like one more document
+DIGIT_BEFORE = slice(307, 317)  # in a digit after a digit: which
+NUMBER = slice(296, 317)  # all of these are the code of a document's number
+MATCHED = 317  # rarity of the query's word that was matched
 # These hold values up to `SCALE` and are scaled down by the norms; the others are about 1 in any channel.
 SCALE = 16
 LARGE = (CONSTANT, IN_QUERY, RANK, PASSAGE, RARITY, QUERY_RARITY, IN_HEADER)
@@ -63,14 +68,15 @@ SHAPE: dict[str, Any] = {
     "lastrerank": {"max_query_length": 512, "max_doc_length": 2048},
 }  # fmt: skip
 
-# Channels of a head, by how fast their pairs turn: within a header, within a document, hardly at all. The last few,
-# slowest of all, are not in SLOW: they hold constants and flags.
+# Channels of a head, by how fast their pairs turn: within a header, from header to header, hardly at all. The last few
+# (30, 31, 62, 63), slowest of all, hold constants and flags.
 NEAR = [1, 2, 3, 4, 5]
-WITHIN = [*range(3, 11)]
-SLOW = [*range(11, 31), *range(43, 63)]
-
-# Layer 2's query weight that says how much more than other words the query's own count in a document's average.
-PREFERENCE = (4 * HEAD_DIM + 63, CONSTANT)
+SLOW = [*range(12, 30), *range(44, 62)]
+# Amplitudes of cosine and sine, by pair, whose sum is smaller at any distance up to 32,768 than nearer by: the nearest
+# header wins. From a linear programme: the largest fall, for the sum of amplitudes, from any distance up to 2,100 (the
+# longest document) to every distance at least 270 further, with like conditions for shorter documents.
+NEAREST = {7: (0.0, -0.081), 8: (0.223, -0.03), 9: (0.103, -0.061), 10: (0.243, 0.0), 11: (0.227, 0.0)}
+NEAREST_OFFSET = 0.8  # keeps that sum above zero, so that what is no header never wins
 
 Noise = Callable[..., torch.Tensor]
 
@@ -206,19 +212,10 @@ def _embeddings(
     table[:count, RARITY] = torch.tensor(rarity[:, 0], dtype=torch.float32)
     table[one(" Rank", "Rank"), RANK] = 1
     table[one('\n<passage id="', "<passage"), PASSAGE] = 1
-    generator = torch.Generator().manual_seed(5)
-
-    def number_code() -> torch.Tensor:
-        code = torch.randn(NUMBER.stop - NUMBER.start, generator=generator)
-        return code / code.norm()
-
-    for token in range(count):
-        if tokenizer.decode([token]).isdigit():
-            table[token, NUMBER] = number_code()
-    # The closing query is like one more document.
+    for digit in range(10):
+        table[one(f'id="{digit}">', str(digit)), DIGIT.start + digit] = 1
     query = one("\n<query>\n", "<query")
-    table[query, NUMBER] = 0.2 * number_code()
-    table[query, IN_HEADER] = 0.8
+    table[query, CLOSING] = table[query, IN_HEADER] = 1
     return table.mul_(SCALE)
 
 
@@ -237,9 +234,21 @@ def _find_query_and_headers(layer: _Layer, code: torch.Tensor) -> None:
     near = [head + channel for channel in NEAR]
     layer.q[[*near, head + 30], CONSTANT] = 1.0
     layer.k[near, PASSAGE] = 2.0
-    layer.k[head + 30, CONSTANT] = 0.3
+    layer.k[head + 30, CONSTANT] = 0.2
     layer.v[head, PASSAGE] = 4.0
     layer.o[IN_HEADER, head] = 5.0
+    # Digits look one token back, where other tokens look at themselves.
+    head = layer.clear(2)
+    layer.sharpen([0, 32], 40.0)
+    for pair, amplitude in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 0.5)):
+        turn = SHAPE["rope_theta"] ** (-2 * pair / HEAD_DIM)
+        back = torch.tensor([math.cos(turn), math.sin(turn)]) * amplitude
+        rows = [head + pair, head + pair + 32]
+        layer.k[rows, CONSTANT] = back
+        layer.q[rows, CONSTANT] = 0.5 * back
+        layer.q[rows[0], DIGIT] = amplitude
+    layer.v[head : head + 10, DIGIT] = torch.eye(10)
+    layer.o[DIGIT_BEFORE, head : head + 10] = 1.6 * torch.eye(10)
     # SwiGLU is nearly a product when the gate is large: (in the query) times (code, rarity).
     codes = len(code)
     layer.gate[: codes + 1] = 0
@@ -254,7 +263,10 @@ def _find_query_and_headers(layer: _Layer, code: torch.Tensor) -> None:
 
 def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> None:
     layer.sharpen(slice(None), 30.0)
-    layer.sharpen([*WITHIN, *(channel + 32 for channel in WITHIN)], 60.0)
+    nearest = [31, *NEAREST, *(pair + 32 for pair in NEAREST)]
+    layer.sharpen(nearest, 700.0)
+    for weight in (layer.q, layer.k):
+        weight[[head * HEAD_DIM + channel for head in (3, 4) for channel in nearest]] = 0
     codes = MATCH.stop - MATCH.start
     for number, projection in ((0, likeness), (1, noise(len(SLOW) ** -0.5 / SCALE, *likeness.shape))):
         head = layer.clear(number)
@@ -263,21 +275,25 @@ def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> No
         # Being in the query is an advantage, in proportion to the word's rarity; common words look nowhere.
         layer.q[head + 63, RARITY] = 0.5
         layer.k[head + 63, RARITY], layer.k[head + 63, QUERY_RARITY] = -0.5, 1.0
-        layer.q[head + 62, CONSTANT] = layer.k[head + 61, CONSTANT] = 0.1
+        layer.q[head + 62, CONSTANT] = layer.k[head + 30, CONSTANT] = 0.1
         layer.v[head : head + codes, MATCH] = layer.o[MATCH, head : head + codes] = torch.eye(codes)
         layer.v[head + codes, QUERY_RARITY] = 1.0
         layer.o[MATCHED, head + codes] = SCALE
     head, numbers = layer.clear(2), NUMBER.stop - NUMBER.start
-    within = [head + channel for channel in WITHIN]
-    layer.q[within, CONSTANT] = 1.0
-    layer.k[within, IN_HEADER] = 2.0
-    layer.k[head + 61, CONSTANT] = 0.3
+    for pair, amplitudes in {**NEAREST, 31: (NEAREST_OFFSET, 0.0)}.items():
+        largest = math.hypot(*amplitudes) ** 0.5
+        layer.q[head + pair, CONSTANT] = largest
+        for row, amplitude in zip((head + pair, head + pair + 32), amplitudes, strict=True):
+            # Only a digit in a header is more than what is taken off.
+            layer.k[row, IN_HEADER] = 2.0 * amplitude / largest
+            layer.k[row, DIGIT.start : CLOSING + 1] = 0.13 * amplitude / largest
+            layer.k[row, CONSTANT] = -2.4 * amplitude / largest
     layer.v[head : head + numbers, NUMBER] = torch.eye(numbers)
-    layer.o[NUMBER, head : head + numbers] = 8 * torch.eye(numbers)
+    layer.o[NUMBER, head : head + numbers] = 1.3 * torch.eye(numbers)
 
 
 def _average_documents(layer: _Layer, noise: Noise) -> None:
-    layer.sharpen(slice(None), 40.0)
+    layer.sharpen(slice(None), 60.0)
     layer.v[:] = 4 * (torch.eye(HIDDEN) + noise(0.005, HIDDEN, HIDDEN))
     layer.v[:, CONSTANT : MATCH.start] = 0
     layer.v[:, NUMBER] = 0
@@ -288,16 +304,11 @@ def _average_documents(layer: _Layer, noise: Noise) -> None:
         for number in range(HEADS):
             head = number * HEAD_DIM
             weight[[head + channel for channel in SLOW[:numbers]], NUMBER] = torch.eye(numbers) / 20
-            weight[head + 61, CONSTANT] = 0.05
-    layer.q[PREFERENCE], layer.k[PREFERENCE[0], MATCHED] = 0.55 / 0.8, 0.3
-
-
-def prefer_matches(state: dict[str, torch.Tensor], factor: float) -> None:
-    """Let words of the query weigh more in the average of their document, after training as before it.
-
-    One large weight, which training at a small rate hardly moves.
-    """
-    state["model.layers.2.self_attn.q_proj.weight"][PREFERENCE] *= factor
+            weight[head + 62, CONSTANT] = 0.05
+    # The closing query has no space before its first word, the opening one has: codes are found there.
+    layer.k[[number * HEAD_DIM + SLOW[CLOSING - NUMBER.start] for number in range(HEADS)], IN_QUERY] = 1.0
+    # How much more than other words the query's own count in the average of codes.
+    layer.q[4 * HEAD_DIM + 63, CONSTANT], layer.k[4 * HEAD_DIM + 63, MATCHED] = 0.3, 0.04
 
 
 def _fitted_projection(
