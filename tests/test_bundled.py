@@ -20,7 +20,7 @@ from lastrerank.training.start import (
     IN_QUERY,
     MATCHED,
     NEAREST,
-    NEAREST_OFFSET,
+    NEAREST_LOGIT,
     NUMBER,
     SCALE,
     _readouts,
@@ -130,14 +130,17 @@ def test_the_start_reads_the_prompt(start, monkeypatch):
 def test_the_nearest_header_wins():
     """The positions' part of the logit falls with the distance, and never below what is no header."""
     distance = np.arange(32_768)
-    turn = {pair: 1e12 ** (-pair / 32) * distance for pair in NEAREST}
-    found = sum(a * np.cos(turn[pair]) + b * np.sin(turn[pair]) for pair, (a, b) in NEAREST.items())
-    assert found.min() + NEAREST_OFFSET > 0
-    highest_from = np.maximum.accumulate(found[::-1])[::-1]
-    logits = 700 / (sum(np.hypot(a, b) for a, b in NEAREST.values()) + NEAREST_OFFSET)
+    found, queries, keys = 0, 0, 0
+    for pair, (query, cosine, sine) in NEAREST.items():
+        angle = 1e12 ** (-pair / 32) * distance
+        found = found + query * (cosine * np.cos(angle) + sine * np.sin(angle))
+        queries, keys = queries + query**2, keys + cosine**2 + sine**2
+    logits = NEAREST_LOGIT / (queries * keys) ** 0.5 * found
+    assert logits.min() > 0
+    highest_from = np.maximum.accumulate(logits[::-1])[::-1]
     for longest, further, least in ((110, 30, 2), (300, 110, 10), (2_100, 270, 1)):
-        fall = found[1:longest] - highest_from[1 + further : longest + further]
-        assert logits * fall.min() > least, (longest, further, logits * fall.min())
+        fall = logits[1:longest] - highest_from[1 + further : longest + further]
+        assert fall.min() > least, (longest, further, fall.min())
 
 
 def test_tokenizer(taught):

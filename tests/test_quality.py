@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,15 @@ def test_rank_agreement(truth, backend, dtype, least):
     taus = [kendall_tau(a, b) for a, b in zip(found, truth, strict=True)]
     assert sum(taus) / len(taus) >= least, taus
     assert abs(ndcg(found) - ndcg(truth)) < 0.05
+
+
+@pytest.mark.parametrize("place", [3, 27, 58, 99])
+def test_a_hundred_documents_are_told_apart(place):
+    """The one that has the query's words is first, wherever it stands: numbers are read to their last digit."""
+    rng = random.Random(place)
+    words = "server network password library python kernel driver mail archive daemon font compiler".split()  # noqa: SIM905
+    documents = [" ".join(rng.choices(words, k=30)) for _ in range(100)]
+    documents[place] += " insert a picture into a table"
+    found = Reranker.from_pretrained(default_model(), device="cpu").rerank("insert picture table", documents)
+    assert found[0]["index"] == place
+    assert found[0]["relevance_score"] > found[1]["relevance_score"] + 0.05

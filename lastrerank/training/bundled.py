@@ -8,6 +8,7 @@ Sentence Encoder, multilingual, Apache-2.0, from the package `fast-universal-sen
 2. lists: BM25's negatives from the same pool, with the teacher's embeddings and logits of every text
 3. the start (see `lastrerank.training.start`)
 4. training on lists of short documents: the teacher's ranking and its embeddings; the best look at dev is kept
+5. one head put back to what it was (see `restore_counting`)
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from lastrerank.prompt import TRANSFORMERS
 from lastrerank.training.data import TrainingData, json_lines, read_training_data
 from lastrerank.training.mining import Pair, mine_lists
 from lastrerank.training.run import train
-from lastrerank.training.start import initial_checkpoint
+from lastrerank.training.start import initial_checkpoint, restore_counting
 from lastrerank.training.tokenizer import train_tokenizer
 from lastrerank.training.trainer import TrainingConfig
 
@@ -173,6 +175,9 @@ def main() -> None:
         every=150, device=options.device,
     )  # fmt: skip
     final = shutil.copytree(output / "training" / "best", output / "lastrerank-13m", dirs_exist_ok=True)
+    state = load_file(final / "model.safetensors")
+    restore_counting(state, load_file(output / "start" / "model.safetensors"))
+    save_file(state, final / "model.safetensors", metadata={"format": "pt"})
     print(json.dumps(result | {"checkpoint": str(final), "recipe": asdict(RECIPE)}))
 
 

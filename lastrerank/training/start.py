@@ -57,7 +57,7 @@ NUMBER = slice(296, 317)  # all of these are the code of a document's number
 MATCHED = 317  # rarity of the query's word that was matched
 # These hold values up to `SCALE` and are scaled down by the norms; the others are about 1 in any channel.
 SCALE = 16
-LARGE = (CONSTANT, IN_QUERY, RANK, PASSAGE, RARITY, QUERY_RARITY, IN_HEADER)
+LARGE = (CONSTANT, IN_QUERY, RANK, PASSAGE, RARITY, QUERY_RARITY, IN_HEADER, *range(NUMBER.start, NUMBER.stop))
 
 SHAPE: dict[str, Any] = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": INTERMEDIATE,
@@ -72,11 +72,16 @@ SHAPE: dict[str, Any] = {
 # (30, 31, 62, 63), slowest of all, hold constants and flags.
 NEAR = [1, 2, 3, 4, 5]
 SLOW = [*range(12, 30), *range(44, 62)]
-# Amplitudes of cosine and sine, by pair, whose sum is smaller at any distance up to 32,768 than nearer by: the nearest
-# header wins. From a linear programme: the largest fall, for the sum of amplitudes, from any distance up to 2,100 (the
-# longest document) to every distance at least 270 further, with like conditions for shorter documents.
-NEAREST = {7: (0.0, -0.081), 8: (0.223, -0.03), 9: (0.103, -0.061), 10: (0.243, 0.0), 11: (0.227, 0.0)}
-NEAREST_OFFSET = 0.8  # keeps that sum above zero, so that what is no header never wins
+# By pair: a query's weight, a key's weights of cosine and sine. The sum is smaller at any distance up to 32,768 than
+# nearer by: the nearest header wins. From a linear programme: the largest fall, for the sum of amplitudes, from any
+# distance up to 2,100 (the longest document) to every distance at least 270 further, with like conditions for shorter
+# documents. Pair 31 does not turn; it keeps the sum above zero, so that what is no header never wins. Keys have
+# four bits and are multiplied by numbers of four: bf16 holds them exactly, and every digit's key has one direction.
+NEAREST = {
+    7: (0.288, 0.0, -0.28125), 8: (0.4757, 0.46875, -0.0625), 9: (0.3296, 0.3125, -0.1875), 10: (0.486, 0.5, 0.0),
+    11: (0.4843, 0.46875, 0.0), 31: (0.914, 0.875, 0.0),
+}  # fmt: skip
+NEAREST_LOGIT = 700.0
 
 Noise = Callable[..., torch.Tensor]
 
@@ -246,8 +251,8 @@ def _find_query_and_headers(layer: _Layer, code: torch.Tensor) -> None:
         rows = [head + pair, head + pair + 32]
         layer.k[rows, CONSTANT] = back
         layer.q[rows, CONSTANT] = 0.5 * back
-        layer.q[rows[0], DIGIT] = amplitude
-    layer.v[head : head + 10, DIGIT] = torch.eye(10)
+        layer.q[rows[0], DIGIT] = SCALE * amplitude
+    layer.v[head : head + 10, DIGIT] = SCALE * torch.eye(10)
     layer.o[DIGIT_BEFORE, head : head + 10] = 1.6 * torch.eye(10)
     # SwiGLU is nearly a product when the gate is large: (in the query) times (code, rarity).
     codes = len(code)
@@ -263,8 +268,8 @@ def _find_query_and_headers(layer: _Layer, code: torch.Tensor) -> None:
 
 def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> None:
     layer.sharpen(slice(None), 30.0)
-    nearest = [31, *NEAREST, *(pair + 32 for pair in NEAREST)]
-    layer.sharpen(nearest, 700.0)
+    nearest = [*NEAREST, *(pair + 32 for pair in NEAREST if pair != 31)]
+    layer.sharpen(nearest, NEAREST_LOGIT)
     for weight in (layer.q, layer.k):
         weight[[head * HEAD_DIM + channel for head in (3, 4) for channel in nearest]] = 0
     codes = MATCH.stop - MATCH.start
@@ -280,15 +285,13 @@ def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> No
         layer.v[head + codes, QUERY_RARITY] = 1.0
         layer.o[MATCHED, head + codes] = SCALE
     head, numbers = layer.clear(2), NUMBER.stop - NUMBER.start
-    for pair, amplitudes in {**NEAREST, 31: (NEAREST_OFFSET, 0.0)}.items():
-        largest = math.hypot(*amplitudes) ** 0.5
-        layer.q[head + pair, CONSTANT] = largest
-        for row, amplitude in zip((head + pair, head + pair + 32), amplitudes, strict=True):
+    for pair, (query, cosine, sine) in NEAREST.items():
+        layer.q[head + pair, CONSTANT] = query
+        for row, key in ((head + pair, cosine), (head + pair + 32, sine)):
             # Only a digit in a header is more than what is taken off.
-            layer.k[row, IN_HEADER] = 2.0 * amplitude / largest
-            layer.k[row, DIGIT.start : CLOSING + 1] = 0.13 * amplitude / largest
-            layer.k[row, CONSTANT] = -2.4 * amplitude / largest
-    layer.v[head : head + numbers, NUMBER] = torch.eye(numbers)
+            layer.k[row, [IN_HEADER, *range(DIGIT.start, CLOSING + 1)]] = 2.0 * key
+            layer.k[row, CONSTANT] = -2.25 * key
+    layer.v[head : head + numbers, NUMBER] = SCALE * torch.eye(numbers)
     layer.o[NUMBER, head : head + numbers] = 1.3 * torch.eye(numbers)
 
 
@@ -303,12 +306,24 @@ def _average_documents(layer: _Layer, noise: Noise) -> None:
         weight.zero_()
         for number in range(HEADS):
             head = number * HEAD_DIM
-            weight[[head + channel for channel in SLOW[:numbers]], NUMBER] = torch.eye(numbers) / 20
+            weight[[head + channel for channel in SLOW[:numbers]], NUMBER] = torch.eye(numbers) * SCALE / 20
             weight[head + 62, CONSTANT] = 0.05
     # The closing query has no space before its first word, the opening one has: codes are found there.
     layer.k[[number * HEAD_DIM + SLOW[CLOSING - NUMBER.start] for number in range(HEADS)], IN_QUERY] = 1.0
     # How much more than other words the query's own count in the average of codes.
     layer.q[4 * HEAD_DIM + 63, CONSTANT], layer.k[4 * HEAD_DIM + 63, MATCHED] = 0.3, 0.04
+
+
+def restore_counting(state: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
+    """Put the head that finds the nearest header back to what it was at the start.
+
+    Its logits are so large that a training's small steps decide between the digits of a number, and lists of twenty
+    teach nothing about numbers beyond: twenty-seven would be read as two.
+    """
+    head = slice(2 * HEAD_DIM, 3 * HEAD_DIM)
+    for name in "qk":
+        key = f"model.layers.1.self_attn.{name}_proj.weight"
+        state[key][head] = start[key][head].to(state[key].dtype)
 
 
 def _fitted_projection(
