@@ -37,14 +37,14 @@ def truth() -> list[list[int]]:
 
 
 def test_relevant_pages_come_up(truth):
-    """A random order has 0.42, the mean over twelve places; this checkpoint had 0.57 when it was bundled."""
+    """A random order has 0.42, the mean over twelve places; this checkpoint had 0.66 when it was bundled."""
     chance = sum(1 / math.log2(2 + place) for place in range(12)) / 12
-    assert ndcg(truth) > chance + 0.1, ndcg(truth)
+    assert ndcg(truth) > chance + 0.18, ndcg(truth)
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "least"),
-    # int8 is hard on this checkpoint (its card says why): 0.76 when it was bundled.
+    # int8 is hard on this checkpoint (its card says why): 0.75 when it was bundled.
     [("native", "float32", 0.999), ("native", "int8", 0.65), ("reference", "bfloat16", 0.9)],
 )
 def test_rank_agreement(truth, backend, dtype, least):
