@@ -188,7 +188,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         if own:
             above.plot([own[i][0] for i in range(0, len(own), window)], means, label=name)
     above.set_ylabel(f"loss, means of {window} steps")
-    above.legend(fontsize=8)
+    if steps:
+        above.legend(fontsize=8)
     looks = [row for row in records if "dev" in row]
     for name in looks[0]["dev"] if looks else ():
         below.plot([row["step"] for row in looks], [row["dev"][name] for row in looks], marker=".", label=name)
