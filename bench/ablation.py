@@ -23,10 +23,11 @@ from lastrerank.checkpoint import open_checkpoint
 from lastrerank.cli import default_model
 from lastrerank.evaluation.report import evaluate
 from lastrerank.training.bundled import RECIPE, pool_weights
-from lastrerank.training.data import read_training_data
-from lastrerank.training.trainer import Trainer
+from lastrerank.training.data import TrainingData, read_training_data
+from lastrerank.training.trainer import Trainer, TrainingConfig
 
-DISPERSE, DUAL, SIMILAR = {"disperse": 0.45}, {"dual": 0.85}, {"similar": 0.85}
+PAPER = TrainingConfig()
+DISPERSE, DUAL, SIMILAR = {"disperse": PAPER.disperse}, {"dual": PAPER.dual}, {"similar": PAPER.similar}
 VARIANTS: dict[str, dict[str, float]] = {
     "rank": {}, "rank + disperse": DISPERSE, "rank + dual": DUAL, "rank + similar": SIMILAR,
     "all four": DISPERSE | DUAL | SIMILAR,
@@ -34,6 +35,7 @@ VARIANTS: dict[str, dict[str, float]] = {
 
 
 def dev_ndcg(model: str | Path, folders: list[Path], queries: int) -> dict[str, float]:
+    """nDCG@10 of each dataset's dev split, candidates in random order."""
     reranker = Reranker.from_pretrained(model, device="cpu")
     with tempfile.TemporaryDirectory() as output:
         report = evaluate(
@@ -54,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model or str(default_model())
     data = read_training_data(options.lists)
-    data = read_training_data(options.lists, pool_weights(data))
+    data = TrainingData(data.documents, data.rows, pool_weights(data), data.document_vectors)
     rows: list[dict[str, Any]] = []
 
     def measured(losses: str, steps: int, checkpoint: str | Path) -> None:
@@ -64,7 +66,7 @@ def main() -> None:
 
     measured("none", 0, model)
     for name, losses in VARIANTS.items():
-        config = replace(RECIPE, steps=options.steps, rank=1.0, distill=0.0, embedding=0.0, **losses)
+        config = replace(RECIPE, steps=options.steps, rank=PAPER.rank, distill=0.0, embedding=0.0, **losses)
         trainer = Trainer(open_checkpoint(model), data, config)
         trainer.train(io.StringIO())
         with tempfile.TemporaryDirectory() as output:

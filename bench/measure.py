@@ -87,5 +87,7 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def _command() -> list[str]:
+    """What was run; of absolute paths only the last part, which says as much on another machine."""
     main = sys.modules["__main__"].__spec__
-    return [main.name if main else sys.argv[0], *sys.argv[1:]]
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    return [main.name if main else sys.argv[0], *arguments]

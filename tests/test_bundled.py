@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from lastrerank import Reranker
@@ -25,6 +26,7 @@ from lastrerank.training.start import (
     SCALE,
     _readouts,
     initial_checkpoint,
+    restore_counting,
 )  # fmt: skip
 
 
@@ -97,6 +99,7 @@ def test_the_start_reads_the_prompt(start, monkeypatch):
     query = reranker.encoder.cut(["satisfies"], 32)[0]
     block = reranker.encoder.encode_block(query, reranker.encoder.cut(documents, 2048))
     outputs, mlp = {}, reranker.model._mlp
+
     def recorded(layer, *rest):
         residual, added = mlp(layer, *rest)
         outputs.setdefault(id(layer), []).append(residual + added)  # by chunks of rows
@@ -125,6 +128,19 @@ def test_the_start_reads_the_prompt(start, monkeypatch):
     own = [row for row in inside if tokens[row] == "Ġsatisfies"]
     others = [row for row in inside if row not in own]
     assert len(own) == 2 and second[own, MATCHED].min() > 5 * second[others, MATCHED].mean()
+
+
+def test_counting_is_restored_and_nothing_else(start):
+    first, state = (load_file(start / "model.safetensors") for _ in range(2))
+    for tensor in state.values():
+        tensor += 1
+    restore_counting(state, first)
+    for name, tensor in state.items():
+        same = tensor == first[name]
+        if name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+            assert same[128:192].all()
+            same = torch.cat([same[:128], same[192:]])
+        assert not same.any(), name
 
 
 def test_the_nearest_header_wins():

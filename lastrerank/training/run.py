@@ -38,7 +38,6 @@ def train(
     dev: Sequence[str | os.PathLike[str]] = (),
     every: int = 200,
     patience: int | None = None,
-    stop: int | None = None,
     device: str = "cpu",
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -52,7 +51,6 @@ def train(
         weights: relative frequency of each pool of lists.
         dev: BEIR-format folders with a `dev` split, scored at the start and every `every` steps.
         patience: stop after this many looks at dev since the best.
-        stop: leave the recipe's schedule after this many of its steps.
         device: torch device.
 
     Returns:
@@ -73,7 +71,7 @@ def train(
     if state.is_file():
         trainer.load_state(state)
         records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
-        log_path.write_text("".join(json.dumps(row) + "\n" for row in records))
+    log_path.write_text("".join(json.dumps(row) + "\n" for row in records))
     (target / "recipe.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
     with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress) as bar:
@@ -91,13 +89,12 @@ def train(
             trainer.save_state(state)
             plot(_read_log(log_path), target / "progress.png")
 
-        end = config.steps if stop is None else min(stop, config.steps)
-        bar.add_total(end - trainer.step)
+        bar.add_total(config.steps - trainer.step)
         if not records:  # the start itself: a training that only harms must show
             look()
-        while trainer.step < end and (patience is None or _best(_read_log(log_path))[1] < patience):
+        while trainer.step < config.steps and (patience is None or _best(_read_log(log_path))[1] < patience):
             before = trainer.step
-            trainer.train(log, until=min(end, trainer.step + every))
+            trainer.train(log, until=trainer.step + every)
             bar.advance(trainer.step - before)
             look()
     result = {"step": trainer.step, "output": str(target)}
