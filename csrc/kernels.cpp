@@ -84,8 +84,9 @@ inline float element(const void* weight, bool is_bf16, long i) {
 
 // ---- fp32 matrix product ----------------------------------------------------------------------------------------
 
-// c[R, kPanel] (+)= a[R, k] @ panel[k, kPanel]: one register tile. Only `columns` of c are touched.
-template <int R>
+// c[R, kPanel] (+)= a[R, k] @ panel[k, kPanel]: one register tile. Only `columns` of c are touched. a is in rows of
+// `lda`, or kRows rows interleaved.
+template <int R, bool kInterleaved>
 inline void tile_f32(const float* __restrict a, long lda, const float* __restrict panel, long k, float* c, long ldc,
                      bool accumulate, long columns) {
   Vec acc[R][2];
@@ -94,7 +95,7 @@ inline void tile_f32(const float* __restrict a, long lda, const float* __restric
     const Vec b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const Vec x = splat(a[r * lda + i]);
+      const Vec x = splat(kInterleaved ? a[i * kRows + r] : a[r * lda + i]);
       acc[r][0] += x * b0;
       acc[r][1] += x * b1;
     }
@@ -120,21 +121,22 @@ inline void tile_f32(const float* __restrict a, long lda, const float* __restric
 
 using TileF32 = void (*)(const float*, long, const float*, long, float*, long, bool, long);
 
-template <int... R>
+template <bool kInterleaved, int... R>
 constexpr TileF32 tile_of(int rows, std::integer_sequence<int, R...>) {
-  constexpr TileF32 table[] = {tile_f32<R + 1>...};
+  constexpr TileF32 table[] = {tile_f32<R + 1, kInterleaved>...};
   return table[rows - 1];
 }
 
-// c[m, columns] (+)= a[m, k] @ panel, in register tiles.
+// c[m, columns] (+)= a[m, k] @ panel, in register tiles. Interleaved, a tile of rows starts at a + row * lda.
+template <bool kInterleaved>
 inline void panel_f32(const float* a, long lda, long m, const float* panel, long k, float* c, long ldc, bool accumulate,
                       long columns) {
   long i = 0;
   for (; i + kRows <= m; i += kRows)
-    tile_f32<kRows>(a + i * lda, lda, panel, k, c + i * ldc, ldc, accumulate, columns);
+    tile_f32<kRows, kInterleaved>(a + i * lda, lda, panel, k, c + i * ldc, ldc, accumulate, columns);
   if (i < m)
-    tile_of(static_cast<int>(m - i), std::make_integer_sequence<int, kRows>())(a + i * lda, lda, panel, k, c + i * ldc,
-                                                                              ldc, accumulate, columns);
+    tile_of<kInterleaved>(static_cast<int>(m - i), std::make_integer_sequence<int, kRows>())(
+        a + i * lda, lda, panel, k, c + i * ldc, ldc, accumulate, columns);
 }
 
 long packed_f32_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * k; }
@@ -159,6 +161,15 @@ constexpr long kDepth = 256, kBlockRows = 20 * kRows, kBlockPanels = 16;
 
 void linear_f32(int threads, const float* x, long ldx, long m, long k, const float* packed, long n, const float* bias,
                 float* out, long ldo) {
+  // A tile's rows interleaved: widths are multiples of 4 KiB, so rows side by side would share a few cache sets.
+  std::unique_ptr<float[]> storage(new float[ceil_div(m, kRows) * kRows * k]);
+  float* tiles = storage.get();
+  parallel_for(threads, ceil_div(m, kRows), [=](long task) {
+    const long first = task * kRows, rows = std::min<long>(kRows, m - first);
+    float* tile = tiles + first * k;
+    for (long i = 0; i < k; ++i)
+      for (long r = 0; r < rows; ++r) tile[i * kRows + r] = x[(first + r) * ldx + i];
+  });
   const long panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, kBlockRows),
              column_blocks = ceil_div(panels, kBlockPanels);
   parallel_for(threads, row_blocks * column_blocks, [=](long task) {
@@ -167,7 +178,7 @@ void linear_f32(int threads, const float* x, long ldx, long m, long k, const flo
     for (long depth = 0; depth < k; depth += kDepth) {
       const long span = std::min(kDepth, k - depth);
       for (long p = first; p < last; ++p)
-        panel_f32(x + row * ldx + depth, ldx, rows, packed + (p * k + depth) * kPanel, span,
+        panel_f32<true>(tiles + row * k + depth * kRows, k, rows, packed + (p * k + depth) * kPanel, span,
                   out + row * ldo + p * kPanel, ldo, depth > 0, std::min<long>(kPanel, n - p * kPanel));
     }
     if (bias != nullptr)
@@ -214,31 +225,54 @@ constexpr int kWeightMax = 64;
 // Packed: per panel, per group of 4 inputs, kPanel columns of 4 bytes.
 long packed_i8_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * ceil_div(k, 4) * 4; }
 
-void pack_i8(const void* weight, bool is_bf16, long n, long k, int8_t* packed, float* scales, int32_t* sums) {
+// A weight beyond this many root mean squares of its output's weights would cost all the others their precision: a
+// Gaussian has one such in two million, a row with a few large weights loses nothing else once they are out.
+constexpr double kOutlier = 5.0;
+
+long pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
+             int32_t* sums, Outlier* outliers, long room) {
   const long groups = ceil_div(k, 4);
+  long count = 0;
   std::memset(packed, 0, packed_i8_size(n, k));
+  std::vector<float> row(k);
   for (long column = 0; column < n; ++column) {
+    double squares = 0;
+    for (long i = 0; i < k; ++i) {
+      row[i] = element(weight, is_bf16, column * k + i);
+      squares += double(row[i]) * row[i];
+    }
+    // With a scale given, what its grid can't hold.
+    const float limit = scaled ? (kWeightMax + 0.5f) * scales[column]
+                               : static_cast<float>(kOutlier * std::sqrt(squares / static_cast<double>(k)));
     float largest = 0;
-    for (long i = 0; i < k; ++i) largest = std::max(largest, std::fabs(element(weight, is_bf16, column * k + i)));
-    const float scale = largest > 0 ? largest / kWeightMax : 1.0f;
+    for (long i = 0; i < k; ++i)
+      if (std::fabs(row[i]) <= limit) largest = std::max(largest, std::fabs(row[i]));
+    if (!scaled) scales[column] = largest > 0 ? largest / kWeightMax : 1.0f;
     int32_t total = 0;
     for (long i = 0; i < k; ++i) {
-      const int q = static_cast<int>(std::lrint(element(weight, is_bf16, column * k + i) / scale));
+      if (std::fabs(row[i]) > limit) {
+        if (count < room) outliers[count] = {static_cast<int32_t>(column), static_cast<int32_t>(i), row[i]};
+        ++count;
+        continue;
+      }
+      const int q = static_cast<int>(std::lrint(row[i] / scales[column]));
       packed[((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4] = static_cast<int8_t>(q);
       total += q;
     }
-    scales[column] = scale;
     sums[column] = total;
   }
+  return count;
 }
 
-void unpack_i8(const int8_t* packed, const float* scales, long n, long k, float* weight) {
+void unpack_i8(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
+               float* weight) {
   const long groups = ceil_div(k, 4);
   for (long column = 0; column < n; ++column)
     for (long i = 0; i < k; ++i) {
       const long at = ((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4;
       weight[column * k + i] = static_cast<float>(packed[at]) * scales[column];
     }
+  for (long e = 0; e < count; ++e) weight[outliers[e].output * k + outliers[e].input] = outliers[e].value;
 }
 
 template <int R>
@@ -317,7 +351,8 @@ inline float quantize_row(const float* x, long k, uint8_t* q) {
 }
 
 void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-               const int32_t* sums, long n, const float* bias, float* out, long ldo) {
+               const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
+               long ldo) {
   constexpr long block_rows = 24 * kRowsI8;
   const long groups = ceil_div(k, 4), width = groups * 4;
   std::unique_ptr<uint8_t[]> quantized(new uint8_t[m * width]);
@@ -345,6 +380,12 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
             q + r * width, width, rs + r, panel, groups, scales + column, sums + column, b, out + r * ldo + column, ldo,
             columns);
     }
+    auto before = [](const Outlier& outlier, long column) { return outlier.output < column; };
+    const Outlier *begin = std::lower_bound(outliers, outliers + count, first * kPanel, before),
+                  *stop = std::lower_bound(begin, outliers + count, last * kPanel, before);
+    if (begin != stop)
+      for (long r = row; r < end; ++r)
+        for (const Outlier* o = begin; o != stop; ++o) out[r * ldo + o->output] += x[r * ldx + o->input] * o->value;
   });
 }
 
@@ -461,7 +502,7 @@ void attention(int threads, const float* q, long ldq, long rows, const int64_t* 
     for (long key = start; key < high; key += kKeys) {
       const long span = std::min(kKeys, high - key);
       for (long panel = 0; panel < ceil_div(span, kPanel); ++panel)
-        panel_f32(queries.data(), dim, m, packed + (head * key_panels + key / kPanel + panel) * dim * kPanel, dim,
+        panel_f32<false>(queries.data(), dim, m, packed + (head * key_panels + key / kPanel + panel) * dim * kPanel, dim,
                   p.data() + panel * kPanel, kKeys, false, kPanel);
       for (long j = 0; j < span; ++j)
         for (long panel = 0; panel < value_panels; ++panel) {
@@ -501,7 +542,7 @@ void attention(int threads, const float* q, long ldq, long rows, const int64_t* 
         top[r] = next;
       }
       for (long panel = 0; panel < value_panels; ++panel)
-        panel_f32(p.data(), kKeys, m, &values[panel * kKeys * kPanel], span, result.data() + panel * kPanel,
+        panel_f32<false>(p.data(), kKeys, m, &values[panel * kKeys * kPanel], span, result.data() + panel * kPanel,
                   value_panels * kPanel, true, kPanel);
     }
     for (long r = 0; r < m; ++r) {

@@ -8,6 +8,12 @@
 
 namespace lastrerank {
 
+// A weight too large for its output's int8 grid; several are in the order of outputs, then inputs.
+struct Outlier {
+  int32_t output, input;
+  float value;
+};
+
 struct Kernels {
   const char* name;
 
@@ -17,18 +23,22 @@ struct Kernels {
   // Pack a weight [n, k] from fp32 (or bf16) rows: columns in panels, zero-padded.
   void (*pack_f32)(const void* weight, bool bf16, long n, long k, float* packed);
   void (*unpack_f32)(const float* packed, long n, long k, float* weight);
-  // Quantise to 7 bits a weight, symmetric, one scale an output; sums: of each output's quantised weights.
-  void (*pack_i8)(const void* weight, bool bf16, long n, long k, int8_t* packed, float* scales, int32_t* sums);
+  // Quantise to 7 bits a weight, symmetric, one scale an output, found here unless `scaled`; sums: of each output's
+  // quantised weights. Outliers are kept in fp32 beside it, in `outliers` as far as there is room, and counted.
+  long (*pack_i8)(const void* weight, bool bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
+                  int32_t* sums, Outlier* outliers, long room);
 
   // The quantised weight [n, k] in fp32.
-  void (*unpack_i8)(const int8_t* packed, const float* scales, long n, long k, float* weight);
+  void (*unpack_i8)(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
+                    float* weight);
 
   // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null)
   void (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
                      const float* bias, float* out, long ldo);
   // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.
   void (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-                    const int32_t* sums, long n, const float* bias, float* out, long ldo);
+                    const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
+                    long ldo);
 
   // residual += x (unless x is null), out = residual / rms(residual) * weight
   void (*add_rms_norm)(int threads, float* residual, long ldr, const float* x, long ldx, const float* weight, float eps,

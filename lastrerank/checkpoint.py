@@ -20,13 +20,15 @@ from tokenizers import Tokenizer
 
 from lastrerank.config import ModelConfig
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
-from lastrerank.ops import Weight
+from lastrerank.ops import QuantisedWeight, Weight
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json")
 # Not weights of this model: an output head that is never used, and a buffer some exporters write.
 _IGNORED = re.compile(r"lm_head\.weight|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# `Operations.prepare`.
+Prepare = Callable[[torch.Tensor, torch.Tensor | None], Weight]
 # The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
 _INT8_MAX = 64
 # The projector's two matrices, by the names of the published package and of its ports.
@@ -43,7 +45,7 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     def weights(
-        self, device: torch.device, dtype: torch.dtype, prepare: Callable[[torch.Tensor], Weight] | None = None
+        self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None = None
     ) -> ModelWeights:
         """All weights on `device` in `dtype`, q, k, v and gate, up packed; the embedding table as stored, on a CPU
         memory-mapped.
@@ -133,8 +135,8 @@ def save(
 
 
 def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
-    """Weights by their published names, unpacked (views); quantised ones as what they have become. The inverse of
-    loading.
+    """Weights by their published names, unpacked (views); the inverse of loading. A quantised weight is what it has
+    become, and its scales are beside it under `..._scale`.
 
     Raises:
         ValueError: a weight is quantised and can't be unpacked.
@@ -142,44 +144,47 @@ def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Te
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
     state |= {"projector.0.weight": weights.w1, "projector.2.weight": weights.w2}
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    def plain(weight: Weight) -> torch.Tensor:
-        return weight if isinstance(weight, torch.Tensor) else weight.unpack()
+
+    def put(parts: dict[str, int], *stacked: Weight) -> None:
+        """The parts of stacked weights, by name and number of outputs."""
+        whole = torch.cat([weight if isinstance(weight, torch.Tensor) else weight.unpack() for weight in stacked])
+        state.update(zip(parts, whole.split(list(parts.values())), strict=True))
+        scales = [weight.scales for weight in stacked if isinstance(weight, QuantisedWeight)]
+        if scales:
+            names = (f"{name}_scale" for name in parts)
+            state.update(zip(names, torch.cat(scales).split(list(parts.values())), strict=True))
 
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
-        last = (weights.last.q, weights.last.kv)
-        qkv = torch.cat([plain(w) for w in last]) if layer.qkv is None else plain(layer.qkv)
-        gate_up = plain(layer.gate_up)
-        for name, part in zip("qkv", qkv.split([q_size, kv_size, kv_size]), strict=True):
-            state[f"{prefix}self_attn.{name}_proj.weight"] = part
+        qkv = {f"{prefix}self_attn.{n}_proj.weight": s for n, s in (("q", q_size), ("k", kv_size), ("v", kv_size))}
+        put(qkv, *((weights.last.q, weights.last.kv) if layer.qkv is None else (layer.qkv,)))
         if layer.qkv_bias is not None:
             for name, part in zip("qkv", layer.qkv_bias.split([q_size, kv_size, kv_size]), strict=True):
                 state[f"{prefix}self_attn.{name}_proj.bias"] = part
         if layer.q_norm is not None and layer.k_norm is not None:
             state[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
             state[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
-        state[f"{prefix}self_attn.o_proj.weight"] = plain(layer.o)
-        state[f"{prefix}mlp.gate_proj.weight"], state[f"{prefix}mlp.up_proj.weight"] = gate_up.chunk(2)
-        state[f"{prefix}mlp.down_proj.weight"] = plain(layer.down)
+        put({f"{prefix}self_attn.o_proj.weight": config.hidden_size}, layer.o)
+        put({f"{prefix}mlp.{name}_proj.weight": config.intermediate_size for name in ("gate", "up")}, layer.gate_up)
+        put({f"{prefix}mlp.down_proj.weight": config.hidden_size}, layer.down)
         state[f"{prefix}input_layernorm.weight"] = layer.input_norm
         state[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
     return state
 
 
 def quantised(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The decoder's linears as int8 `[out, in]` with `..._scale` fp32 `[out]`, everything else as it is.
+    """A state in which weights have a `..._scale` fp32 `[out]`, those as int8 `[out, in]`.
 
-    A weight that has been through the native int8 kernels is on that grid already, and comes back unchanged.
+    What their grids can't hold is kept apart: `..._outlier` fp32 `[E]` at `..._outlier_index` int32 `[E, 2]`.
     """
-    found = {}
+    found = dict(state)
     for name, tensor in state.items():
-        if name.endswith("_proj.weight"):
-            scale = tensor.abs().amax(1) / _INT8_MAX
-            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            found[name] = (tensor / scale[:, None]).round().to(torch.int8)
-            found[f"{name}_scale"] = scale
-        else:
-            found[name] = tensor
+        if f"{name}_scale" in state:
+            steps = (tensor / state[f"{name}_scale"][:, None]).round()
+            large = steps.abs() > _INT8_MAX
+            found[name] = steps.masked_fill(large, 0).to(torch.int8)
+            if large.any():
+                found[f"{name}_outlier"], found[f"{name}_outlier_index"] = tensor[large], large.nonzero().int()
     return found
 
 
@@ -230,7 +235,7 @@ def _load(
     tensors: _Tensors,
     device: torch.device,
     dtype: torch.dtype,
-    prepare: Callable[[torch.Tensor], Weight] | None,
+    prepare: Prepare | None,
 ) -> ModelWeights:
     stored = {_canonical(name): name for name in tensors.names() if not _IGNORED.fullmatch(name)}
     if not {"projector.0.weight", "projector.2.weight"} <= stored.keys():
@@ -265,6 +270,9 @@ def _load(
     for name, shape in list(expected.items()):
         if f"{name}_scale" in stored:  # quantised
             expected[f"{name}_scale"] = shape[:1]
+            if f"{name}_outlier" in stored:
+                expected[f"{name}_outlier"] = tensors.shape(stored[f"{name}_outlier"])[:1]
+                expected[f"{name}_outlier_index"] = (*expected[f"{name}_outlier"], 2)
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, the first: {', '.join(missing[:3])}")
@@ -281,6 +289,11 @@ def _load(
             part = tensors.read(stored[name])
             if f"{name}_scale" in stored and part.dtype == torch.int8:
                 part = part.float() * tensors.read(stored[f"{name}_scale"])[:, None]
+                if f"{name}_outlier" in stored:
+                    rows, columns = tensors.read(stored[f"{name}_outlier_index"]).long().T
+                    if not ((rows >= 0) & (rows < len(part)) & (columns >= 0) & (columns < part.shape[1])).all():
+                        raise ValueError(f"{name}_outlier_index points outside of {tuple(part.shape)}")
+                    part[rows, columns] = tensors.read(stored[f"{name}_outlier"])
             if not part.is_floating_point():
                 raise ValueError(f"{name} is stored as {part.dtype}, expected floating point")
             # The sum shows any NaN or infinity in one pass; only then is it worth a second look.
@@ -292,12 +305,18 @@ def _load(
     def read(*names: str) -> torch.Tensor:
         return stored_tensor(*names).to(dtype)
 
-    def linear(weight: torch.Tensor) -> Weight:
-        kept = weight if prepare is None else prepare(weight)
+    def linear(*names: str, outputs: slice = slice(None)) -> Weight:
+        """Some outputs of a linear, or of several along the first dimension, as the backend wants them."""
+        weight, scales = stored_tensor(*names)[outputs], None
+        if all(f"{name}_scale" in stored for name in names):
+            scales = torch.cat([tensors.read(stored[f"{name}_scale"]) for name in names])[outputs]
+            if not (scales > 0).all():
+                raise ValueError(f"{names[0]}_scale is not positive everywhere")
+        kept = weight if prepare is None else prepare(weight, scales)
         return kept.to(dtype) if isinstance(kept, torch.Tensor) else kept
 
-    def qkv(index: int) -> torch.Tensor:
-        return stored_tensor(*(f"model.layers.{index}.self_attn.{x}_proj.weight" for x in "qkv"))
+    def qkv(index: int) -> tuple[str, ...]:
+        return tuple(f"model.layers.{index}.self_attn.{x}_proj.weight" for x in "qkv")
 
     last = config.num_layers - 1
 
@@ -305,21 +324,22 @@ def _load(
         prefix, attn = f"model.layers.{index}.", f"model.layers.{index}.self_attn."
         return LayerWeights(
             input_norm=read(f"{prefix}input_layernorm.weight"),
-            qkv=None if index == last else linear(qkv(index)),
+            qkv=None if index == last else linear(*qkv(index)),
             qkv_bias=read(*(f"{attn}{x}_proj.bias" for x in "qkv")) if config.attention_bias else None,
             q_norm=read(f"{attn}q_norm.weight") if config.qk_norm else None,
             k_norm=read(f"{attn}k_norm.weight") if config.qk_norm else None,
-            o=linear(stored_tensor(f"{attn}o_proj.weight")),
+            o=linear(f"{attn}o_proj.weight"),
             post_norm=read(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=linear(stored_tensor(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")),
-            down=linear(stored_tensor(f"{prefix}mlp.down_proj.weight")),
+            gate_up=linear(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
+            down=linear(f"{prefix}mlp.down_proj.weight"),
         )
 
-    final = qkv(last)
     return ModelWeights(
         embedding=stored_tensor("model.embed_tokens.weight"),
         layers=tuple(layer_weights(index) for index in range(config.num_layers)),
-        last=LastLayerProjections(q=linear(final[:q_size]), kv=linear(final[q_size:])),
+        last=LastLayerProjections(
+            q=linear(*qkv(last), outputs=slice(q_size)), kv=linear(*qkv(last), outputs=slice(q_size, None))
+        ),
         norm=read("model.norm.weight"),
         w1=read("projector.0.weight"),
         w2=read("projector.2.weight"),

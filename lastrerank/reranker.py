@@ -242,7 +242,8 @@ class Reranker:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write this model in the published format, weights in its dtype.
 
-        int8: the linears as int8 with a scale for each output (`..._proj.weight_scale`), half the size of 16 bit.
+        int8: the linears as int8 with a scale for each output (`..._proj.weight_scale`), half the size of 16 bit, and
+        the outliers of each (`..._proj.weight_outlier`, `..._outlier_index`).
         Loaded with dtype "int8" it gives the same scores; with another, those of the quantised weights.
 
         Raises:

@@ -16,6 +16,7 @@
 #include "kernels.h"
 
 using lastrerank::Kernels;
+using lastrerank::Outlier;
 extern "C" const Kernels* lastrerank_kernels(int i);
 
 namespace {
@@ -50,6 +51,7 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   const long m = 1 + rng() % 150, n = 1 + rng() % 90, d = 1 + rng() % 600, pad = rng() % 5;
   Buffer x = random_buffer(rng, m * (d + pad)), w = random_buffer(rng, n * d), bias = random_buffer(rng, n),
          out(m * (n + pad)), back(n * d);
+  for (long i = 0; i < n && d >= 64; i += 1 + rng() % 9) w.data[i * d + rng() % d] *= 40;  // outliers, for int8
   std::vector<float> packed(k.packed_f32_size(n, d));
   k.pack_f32(w.data, false, n, d, packed.data());
   k.unpack_f32(packed.data(), n, d, back.data);
@@ -67,10 +69,13 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   std::vector<int8_t> packed8(k.packed_i8_size(n, d));
   std::vector<float> scales(n);
   std::vector<int32_t> sums(n);
-  k.pack_i8(w.data, false, n, d, packed8.data(), scales.data(), sums.data());
-  k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), n, bias.data, out.data,
-              n + pad);
-  k.unpack_i8(packed8.data(), scales.data(), n, d, back.data);
+  const long count = k.pack_i8(w.data, false, n, d, false, packed8.data(), scales.data(), sums.data(), nullptr, 0);
+  std::vector<Outlier> outliers(count);
+  expect(k.pack_i8(w.data, false, n, d, false, packed8.data(), scales.data(), sums.data(), outliers.data(), count) ==
+             count, "pack_i8 counts outliers", k.name);
+  k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), outliers.data(), count, n,
+              bias.data, out.data, n + pad);
+  k.unpack_i8(packed8.data(), scales.data(), outliers.data(), count, n, d, back.data);
   for (long i = 0; i < n * d; ++i) right_i8 &= std::fabs(back.data[i] - w.data[i]) <= 0.501f * scales[i / d];
   for (long i = 0; i < m * n; ++i)
     right_i8 &= std::fabs(out.data[i / n * (n + pad) + i % n] - truth[i]) < 0.12 * std::sqrt(double(d)) + 0.1;

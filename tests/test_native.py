@@ -32,7 +32,11 @@ def isa(request, monkeypatch):
 
 
 def integer_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """What int8 means: weights to 7 bits by output, activations to 8 bits by row, exact integer sums, in fp64."""
+    """What int8 means: weights to 7 bits by output, activations to 8 bits by row, exact integer sums, in fp64; weights
+    beyond five root mean squares apart, with activations as they are."""
+    limit = (5 * weight.double().square().mean(1, keepdim=True).sqrt()).float()
+    outliers = weight.where(weight.abs() > limit, 0.0)
+    weight = weight - outliers
     row_scale = x.abs().amax(1, keepdim=True) / 127
     # By a tensor: PyTorch divides a number by a tensor as a product with the reciprocal, one rounding more.
     inverse = torch.where(row_scale > 0, torch.full_like(row_scale, 127) / x.abs().amax(1, keepdim=True), 0.0)
@@ -41,7 +45,8 @@ def integer_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     column_scale = weight.abs().amax(1, keepdim=True) / 64
     column_scale = torch.where(column_scale > 0, column_scale, 1.0)
     w = (weight / column_scale).round()
-    return (q.double() @ w.double().T) * (row_scale.double() * column_scale.double().T)
+    rest = (q.double() @ w.double().T) * (row_scale.double() * column_scale.double().T)
+    return rest + x.double() @ outliers.double().T
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,6 +55,7 @@ def test_int8_equals_the_integer_reference(rows, inner, outer, seed):
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(rows, inner, generator=generator), torch.randn(outer, inner, generator=generator)
     x[0] = 0
+    weight[::3, -1] *= 100  # outliers from 26 inputs on
     out = NativeOperations(int8=True).prepare(weight).matmul(x, None, None)
     expected = integer_reference(x, weight)
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
@@ -57,6 +63,7 @@ def test_int8_equals_the_integer_reference(rows, inner, outer, seed):
 
 def test_int8_on_every_instruction_set(isa):
     x, weight = torch.randn(33, 257), torch.randn(65, 257)
+    weight[1::2, 200] = 30.0
     out = NativeOperations(int8=True).prepare(weight).matmul(x, None, None)
     torch.testing.assert_close(out.double(), integer_reference(x, weight), rtol=2e-6, atol=1e-5)
     # Extreme values: nothing saturates on the way.
@@ -166,21 +173,54 @@ def test_a_quantised_weight_unpacked_and_packed_again_is_itself(isa):
         packed = operations.prepare(weight)
         unpacked = packed.unpack()
         assert ((unpacked - weight).abs().amax(1) <= weight.abs().amax(1) / 128 * 1.001).all()
-        again = operations.prepare(unpacked)
+        again = operations.prepare(unpacked, packed.scales)
         assert torch.equal(again._packed, packed._packed) and torch.equal(again._sums, packed._sums)
+
+
+def test_an_outlier_costs_the_other_weights_nothing(isa):
+    """One large weight in an output: without it the grid is as fine as before, and itself it is exact."""
+    operations, weight = NativeOperations(int8=True), torch.randn(16, 300)
+    plain = operations.prepare(weight.index_fill(1, torch.tensor([70]), 0.0)).unpack()
+    weight[:, 70] = 100.0
+    packed = operations.prepare(weight)
+    unpacked = packed.unpack()
+    assert (unpacked[:, 70] == 100.0).all()
+    unpacked[:, 70] = 0.0
+    assert torch.equal(unpacked, plain)
+    again = operations.prepare(packed.unpack(), packed.scales)
+    x = torch.randn(50, 300)
+    assert torch.equal(again.matmul(x, None, None), packed.matmul(x, None, None))
 
 
 def test_a_quantised_model_is_kept(tiny, documents, tmp_path):
     """Half the size of 16 bit in the linears, the same scores again, and those of its weights in other dtypes."""
-    int8 = Reranker.from_pretrained(tiny, dtype="int8")
+    state = safetensors.torch.load_file(tiny / "model.safetensors")
+    for name, column in (("self_attn.k_proj", 5), ("mlp.down_proj", 9)):
+        state[f"model.layers.1.{name}.weight"][::2, column] *= 30
+    with_outliers = shutil.copytree(tiny, tmp_path / "outliers")
+    safetensors.torch.save_file(state, with_outliers / "model.safetensors", metadata={"format": "pt"})
+    int8 = Reranker.from_pretrained(with_outliers, dtype="int8")
     int8.save_pretrained(tmp_path / "int8")
     expected = scores(int8, documents[:20])
     again = scores(Reranker.from_pretrained(tmp_path / "int8", dtype="int8"), documents[:20])
-    assert max(abs(expected[i] - again[i]) for i in expected) <= 1e-5
+    assert expected == again
     truth = scores(Reranker.from_pretrained(tmp_path / "int8", backend="reference"), documents[:20])
     assert max(abs(expected[i] - truth[i]) for i in expected) < 0.1  # the activations are not quantised here
     stored = safetensors.torch.load_file(tmp_path / "int8" / "model.safetensors")
     assert stored["model.layers.0.mlp.down_proj.weight"].dtype == torch.int8
+    assert len(stored["model.layers.1.mlp.down_proj.weight_outlier"]) > 10
+
+    def refused(change, message):
+        damaged = dict(stored)
+        change(damaged)
+        safetensors.torch.save_file(damaged, tmp_path / "int8" / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Reranker.from_pretrained(tmp_path / "int8", dtype="int8")
+
+    name = "model.layers.1.mlp.down_proj.weight"
+    refused(lambda s: s.update({f"{name}_outlier_index": s[f"{name}_outlier_index"] + 4000}), "points outside of")
+    refused(lambda s: s.update({f"{name}_scale": s[f"{name}_scale"] * 0}), "_scale is not positive everywhere")
+    refused(lambda s: s.pop(f"{name}_outlier_index"), "1 tensors are missing.*outlier_index")
     del stored["model.layers.0.mlp.down_proj.weight_scale"]
     safetensors.torch.save_file(stored, tmp_path / "int8" / "model.safetensors")
     with pytest.raises(ValueError, match=r"down_proj\.weight is stored as torch\.int8, expected floating point"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,13 @@ class OwnWeight(Protocol):
         """The weight in floating point; of a quantised one what it has become, or ValueError."""
 
 
+@runtime_checkable
+class QuantisedWeight(OwnWeight, Protocol):
+    """One that can be stored in int8: `scales` fp32 `[out]`, of the grids its outputs' weights are on."""
+
+    scales: torch.Tensor
+
+
 Weight = torch.Tensor | OwnWeight
 
 
@@ -39,8 +46,11 @@ class Operations(Protocol):
     in place and everything is differentiable (reference only).
     """
 
-    def prepare(self, weight: torch.Tensor) -> Weight:
-        """A stored weight `[out, in]`, on its device, as `linear` wants it; called once a weight at load."""
+    def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
+        """A stored weight `[out, in]`, on its device, as `linear` wants it; called once a weight at load.
+
+        scales: fp32 `[out]`, of a weight that was stored in int8: where it isn't an outlier it is on their grid.
+        """
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Row gather: ids int64 `[T]`, table `[V, D]` -> `[T, D]`, a new tensor."""

@@ -54,7 +54,7 @@ class Float8Weight:
 class Float8Operations(TritonOperations):
     """See `lastrerank.ops.Operations`. What feeds a linear is a `Float8Rows`."""
 
-    def prepare(self, weight: Tensor) -> Weight:
+    def prepare(self, weight: Tensor, scales: Tensor | None = None) -> Weight:
         return Float8Weight(weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Any:

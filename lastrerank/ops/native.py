@@ -1,8 +1,8 @@
 """The operations on a CPU by the C++ kernels of `csrc/`, through a plain C interface.
 
-fp32 activations; linears in fp32, or in int8 (weights 7 bits and symmetric per output, activations 8 bits and
-symmetric per row, integer accumulation). What the kernels don't do better than PyTorch is inherited: `embed`, and
-`score`, which is 0.1 % of a pass.
+fp32 activations; linears in fp32, or in int8 (weights 7 bits and symmetric per output, the few too large for that kept
+in fp32 beside them; activations 8 bits and symmetric per row; integer accumulation). What the kernels don't do better
+than PyTorch is inherited: `embed`, and `score`, which is 0.1 % of a pass.
 
 `LASTRERANK_ISA` forces an instruction set (portable, avx2, avx512, avx512vnni) for tests and measurements.
 """
@@ -15,12 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lastrerank.ops import Weight
 from lastrerank.ops.reference import ReferenceOperations
 
-_VERSION = 2
+_VERSION = 3
+_OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
 
@@ -33,10 +35,10 @@ class _Kernels(ctypes.Structure):
         ("packed_i8_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("pack_f32", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
         ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
-        ("pack_i8", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P, _P, _P)),
-        ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _L, _L, _P)),
+        ("pack_i8", ctypes.CFUNCTYPE(_L, _P, ctypes.c_bool, _L, _L, ctypes.c_bool, _P, _P, _P, _P, _L)),
+        ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
         ("linear_f32", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
-        ("linear_i8", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _P, _P, _L, _P, _P, _L)),
+        ("linear_i8", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _P, _L)),
         ("add_rms_norm", ctypes.CFUNCTYPE(None, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
         ("swiglu", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L)),
         ("qk_norm_rope", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _F)),
@@ -100,9 +102,9 @@ class NativeOperations(ReferenceOperations):
         self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
         self.int8 = int8
 
-    def prepare(self, weight: torch.Tensor) -> Weight:
+    def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
-        return Int8Weight(weight, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
+        return Int8Weight(weight, scales, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._add_rms_norm(x, None, weight, eps)
@@ -205,26 +207,38 @@ class PackedWeight:
 
 
 class Int8Weight:
-    """A weight quantised to int8 (7 bits used), one scale an output, packed like `PackedWeight`."""
+    """A weight quantised to int8 (7 bits used), one scale an output, packed like `PackedWeight`.
 
-    def __init__(self, weight: torch.Tensor, kernels: Any) -> None:
+    A weight beyond five root mean squares of its output's is an outlier, kept in fp32 and multiplied apart: one of
+    them would stretch the grid under all the others ("dense and sparse", arXiv 2306.07629).
+    """
+
+    def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None, kernels: Any) -> None:
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
         self._packed = torch.empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
-        self._scales, self._sums = torch.empty(len(weight)), torch.empty(len(weight), dtype=torch.int32)
-        kernels.pack_i8(
-            source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, self._packed.data_ptr(),
-            self._scales.data_ptr(), self._sums.data_ptr(),
-        )  # fmt: skip
+        self._sums = torch.empty(len(weight), dtype=torch.int32)
+        self.scales = torch.empty(len(weight)) if scales is None else scales.float().clone()
+        count = 0
+        while True:  # twice where there are outliers: they are counted first
+            self._outliers = np.empty(count, _OUTLIER)
+            found = kernels.pack_i8(
+                source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, scales is not None,
+                self._packed.data_ptr(), _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data,
+                count,
+            )  # fmt: skip
+            if found == count:
+                break
+            count = found
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
         _check_width(x, self.in_features)
         out = torch.empty(len(x), self.out_features) if out is None else out
         self._kernels.linear_i8(
             torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
-            self._scales.data_ptr(), self._sums.data_ptr(), self.out_features, _pointer(bias), _pointer(out),
-            out.stride(0),
+            _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data, len(self._outliers),
+            self.out_features, _pointer(bias), _pointer(out), out.stride(0),
         )  # fmt: skip
         return out
 
@@ -232,8 +246,9 @@ class Int8Weight:
         """What it multiplies by, in fp32: not the weight it was made from."""
         weight = torch.empty(self.out_features, self.in_features)
         self._kernels.unpack_i8(
-            self._packed.data_ptr(), self._scales.data_ptr(), *weight.shape, _pointer(weight)
-        )
+            self._packed.data_ptr(), _pointer(self.scales), self._outliers.ctypes.data, len(self._outliers),
+            *weight.shape, _pointer(weight),
+        )  # fmt: skip
         return weight
 
 

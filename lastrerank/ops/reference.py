@@ -20,7 +20,7 @@ _TILE_ELEMENTS = 1 << 22
 class ReferenceOperations:
     """See `lastrerank.ops.Operations`."""
 
-    def prepare(self, weight: torch.Tensor) -> Weight:
+    def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         return weight
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
