@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-kernels test-integrations test-browser test-load clean
+.PHONY: demo test lint bench bench-cpu bench-kernels test-integrations test-browser test-load clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -29,6 +29,19 @@ bench: .venv/test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# Everything that runs such a model on a CPU, in an environment of its own; about an hour on two cores.
+PEERS := .venv-bench/bin/python -m
+LONG := transformers-sdpa-float32 openvino-float32 onnxruntime-int8 llama.cpp-q8_0 lastrerank-native-float32 \
+	lastrerank-native-int8
+
+bench-cpu: .venv-bench/done
+	$(PEERS) pytest tests/test_bench.py -k peer
+	$(PEERS) bench.end_to_end --threads 2 --name cpu_2_threads
+	$(PEERS) bench.end_to_end --threads 1 --name cpu_1_thread --workloads "512 tokens" --providers $(LONG)
+	$(PEERS) bench.end_to_end --threads 2 --name cpu_long --workloads "8,192 tokens" --runs 1 --providers $(LONG)
+	$(PEERS) bench.memory --providers $(LONG)
+	$(PEERS) bench.startup
+
 bench-kernels: .venv/test
 	$(BIN)/python -m bench.kernels
 
@@ -40,9 +53,15 @@ test-integrations: .venv-integrations/done
 test-browser: .venv-integrations/done
 	.venv-integrations/bin/python -m pytest tests/browser
 
-# Loads on a running server, a minute each, and its memory over 10,000 requests.
+# Loads on a running server, five minutes each, and its memory over 10,000 requests.
 test-load: .venv/test
-	$(BIN)/python -m bench.load
+	$(BIN)/python -m bench.load --seconds 300
+
+.venv-bench/done: pyproject.toml constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,peers]'
+	touch $@
 
 .venv-integrations/done: pyproject.toml constraints.txt
 	test -x .venv-integrations/bin/python || $(PYTHON) -m venv .venv-integrations
@@ -51,4 +70,4 @@ test-load: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-integrations build dist
+	rm -rf .venv .venv-bench .venv-integrations build dist

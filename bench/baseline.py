@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
@@ -39,52 +40,37 @@ def whole_prompt(query: str, documents: list[str], instruction: str | None = Non
     return prompt
 
 
-class TransformersReranker:
-    """A checkpoint folder run through Transformers' own Qwen3.
+class PlainReranker:
+    """All of it but the decoder: the prompt, the readouts, the projector, the scores and the blocks.
 
     Args:
         folder: single-file safetensors checkpoint in the published format.
-        dtype: weights and activations.
-        attention: "sdpa", "eager" or "flash_attention_2".
-        device: torch device string.
     """
 
-    def __init__(
-        self, folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu"
-    ) -> None:
+    def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
-        raw = json.loads((folder / "config.json").read_text())
         limits = json.loads((folder / "tokenizer_config.json").read_text())
         self.context = limits["model_max_length"]
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         self.embed_id = self.tokenizer.convert_tokens_to_ids("<|embed_token|>")
         self.rerank_id = self.tokenizer.convert_tokens_to_ids("<|rerank_token|>")
-        raw = {key: value for key, value in raw.items() if key not in ("lastrerank", "architectures")}
-        config = Qwen3Config(**raw)
-        config._attn_implementation = attention
-        state = load_file(str(folder / "model.safetensors"))
-        with torch.device("meta"):
-            self.model = Qwen3Model(config)
-        self.model = self.model.to_empty(device=device).to(dtype)
-        self.model.rotary_emb = type(self.model.rotary_emb)(config=config).to(device)
-        decoder = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
-        self.model.load_state_dict(decoder, strict=True)
-        self.model.eval()
-        self.w1 = state["projector.0.weight"].to(device, dtype)
-        self.w2 = state["projector.2.weight"].to(device, dtype)
-        self.device = device
+        with safe_open(str(folder / "model.safetensors"), "pt") as file:
+            self.w1 = file.get_tensor("projector.0.weight").float()
+            self.w2 = file.get_tensor("projector.2.weight").float()
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[T, C]` after the last norm, of ids `[T]` on the CPU."""
+        raise NotImplementedError
 
     @torch.inference_mode()
     def block(
         self, query: str, documents: list[str], instruction: str | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Query vector `[P]`, document vectors `[N, P]` and scores `[N]` of one block, fp32."""
-        ids = self.tokenizer(whole_prompt(query, documents, instruction), return_tensors="pt")["input_ids"]
-        ids = ids.to(self.device)
-        output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        hidden = output.hidden_states[-1][0]
-        rows = hidden[ids[0] == self.embed_id]
-        query_row = hidden[torch.where(ids[0] == self.rerank_id)[0][-1]]
+        ids = self.tokenizer(whole_prompt(query, documents, instruction), return_tensors="pt")["input_ids"][0]
+        hidden = self.hidden(ids)
+        rows = hidden[ids == self.embed_id]
+        query_row = hidden[torch.where(ids == self.rerank_id)[0][-1]]
         vectors = torch.relu(torch.cat([query_row[None], rows]) @ self.w1.T) @ self.w2.T
         vectors = vectors.float()
         scores = torch.nn.functional.cosine_similarity(vectors[:1], vectors[1:])
@@ -131,3 +117,38 @@ class TransformersReranker:
             {"document": documents[i], "relevance_score": float(scores[i]), "index": int(i), "embedding": stacked[i]}
             for i in order
         ]
+
+
+class TransformersReranker(PlainReranker):
+    """A checkpoint folder run through Transformers' own Qwen3.
+
+    Args:
+        folder: single-file safetensors checkpoint in the published format.
+        dtype: weights and activations.
+        attention: "sdpa", "eager" or "flash_attention_2".
+        device: torch device string.
+    """
+
+    def __init__(
+        self, folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu"
+    ) -> None:
+        super().__init__(folder)
+        raw = json.loads((Path(folder) / "config.json").read_text())
+        raw = {key: value for key, value in raw.items() if key not in ("lastrerank", "architectures")}
+        config = Qwen3Config(**raw)
+        config._attn_implementation = attention
+        state = load_file(str(Path(folder) / "model.safetensors"))
+        with torch.device("meta"):
+            self.model = Qwen3Model(config)
+        self.model = self.model.to_empty(device=device).to(dtype)
+        self.model.rotary_emb = type(self.model.rotary_emb)(config=config).to(device)
+        decoder = {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+        self.model.load_state_dict(decoder, strict=True)
+        self.model.eval()
+        self.w1, self.w2 = self.w1.to(device, dtype), self.w2.to(device, dtype)
+        self.device = device
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """As the remote code: every layer's hidden states are kept, the last one is used."""
+        output = self.model(input_ids=ids[None].to(self.device), output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-1][0]

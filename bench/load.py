@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from bench.measure import write_results
+from bench.measure import resident, write_results
 from bench.plots import plot_load
 from bench.serving import serving
 
@@ -99,11 +98,6 @@ async def open_loop(address: str, pool: list[Any], rate: float, seconds: float) 
             row[f"{name}_ms"] = dict(zip(("p50", "p95", "p99"), (1e3 * np.percentile(times, [50, 95, 99])).tolist(),
                                          strict=True))  # fmt: skip
     return row
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_over_requests(model: str, count: int, concurrency: int = 16) -> dict[str, Any]:

@@ -57,14 +57,14 @@ class PeakMemory:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
-        self._stop, self.start, self.peak = threading.Event(), _resident(), 0
+        self._stop, self.start, self.peak = threading.Event(), resident(), 0
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._stop.is_set():
-            self.peak = max(self.peak, _resident() - self.start)
+            self.peak = max(self.peak, resident() - self.start)
             time.sleep(0.002)
 
     def __exit__(self, *exc: object) -> None:
@@ -72,8 +72,9 @@ class PeakMemory:
         self._thread.join()
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(process: int | str = "self") -> int:
+    """Bytes of a process in memory, shared pages included."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def write_results(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -23,8 +23,8 @@ def plot_end_to_end(path: Path) -> Path:
                     seconds, tokens = row["seconds"], row["prompt_tokens"]
                     rate = tokens / seconds["median"]
                     error = [[rate - tokens / seconds["high"]], [tokens / seconds["low"] - rate]]
-                    axes.bar(w + (p - (len(providers) - 1) / 2) * width, rate, width, color=f"C{p}", yerr=error,
-                             capsize=2, label=provider if w == 0 else None)  # fmt: skip
+                    axes.bar(w + (p - (len(providers) - 1) / 2) * width, rate, width, yerr=error, capsize=2,
+                             color=plt.colormaps["tab20"](p), label=provider if w == 0 else None)  # fmt: skip
     machine = report["machine"]
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("prompt tokens per second")

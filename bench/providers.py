@@ -57,10 +57,34 @@ def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]
     return make
 
 
+def peer(name: str) -> Callable[[Path], Scorer]:
+    """A class of `bench.peers`."""
+
+    def make(folder: Path) -> Scorer:
+        from bench import peers
+
+        try:
+            reranker = getattr(peers, name)(folder)
+        except ImportError as error:
+            raise UnavailableError(str(error)) from error
+
+        def score(requests: list[Request]) -> list[np.ndarray]:
+            return [reranker.block(query, documents)[2] for query, documents in requests]
+
+        return score
+
+    return make
+
+
 PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "transformers-sdpa-float32": transformers("sdpa", torch.float32),
     "transformers-eager-float32": transformers("eager", torch.float32),
     "transformers-sdpa-bfloat16": transformers("sdpa", torch.bfloat16),
+    "openvino-float32": peer("OpenVino"),
+    "onnxruntime-float32": peer("OnnxRuntime"),
+    "onnxruntime-int8": peer("OnnxRuntimeInt8"),
+    "llama.cpp-f16": peer("LlamaCppF16"),
+    "llama.cpp-q8_0": peer("LlamaCpp"),
     "lastrerank-reference-float32": ours("reference", "float32"),
     "lastrerank-native-float32": ours("native", "float32"),
     "lastrerank-native-int8": ours("native", "int8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import bench.end_to_end
 import bench.load
 import bench.measure
 from bench.plots import plot_roofline
+from bench.providers import PROVIDERS
 
 
 @pytest.fixture
@@ -34,6 +36,22 @@ def test_end_to_end_writes_results_and_a_plot(results, capsys):
     assert [row["provider"] for row in report["rows"]] == ["transformers-sdpa-float32", "lastrerank-reference-float32"]
     assert all(row["tokens_per_s"] > 0 and row["max_difference"] < 5e-5 for row in report["rows"])
     assert (results / "x.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("provider", "module", "bound"),
+    [("openvino-float32", "openvino", 5e-6), ("onnxruntime-float32", "onnxruntime", 5e-6),
+     ("onnxruntime-int8", "onnxruntime", 0.1), ("llama.cpp-f16", "llama_cpp", 2e-3),
+     ("llama.cpp-q8_0", "llama_cpp", 0.1)],
+)  # fmt: skip
+def test_a_peer_gives_the_baselines_scores(tiny, tmp_path, documents, provider, module, bound):
+    pytest.importorskip(module, reason=f"{module} is not installed; make bench-cpu has it")
+    folder = shutil.copytree(tiny, tmp_path / "checkpoint")  # converted checkpoints are written beside it
+    requests = [("Tabelle", documents[:5]), ("sea", documents[5:7])]
+    expected, found = (
+        np.concatenate(PROVIDERS[name](folder)(requests)) for name in ("transformers-sdpa-float32", provider)
+    )
+    assert 0 < np.abs(found - expected).max() < bound
 
 
 def test_gpu_check_runs_on_tiny_shapes(tmp_path):
