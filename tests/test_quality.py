@@ -44,8 +44,8 @@ def test_relevant_pages_come_up(truth):
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "least"),
-    # int8 is hard on this checkpoint (its card says why): 0.75 when it was bundled.
-    [("native", "float32", 0.999), ("native", "int8", 0.65), ("reference", "bfloat16", 0.9)],
+    # int8: 0.98 is the target (0.995 measured); without its outliers kept it had 0.75.
+    [("native", "float32", 0.999), ("native", "int8", 0.98), ("reference", "bfloat16", 0.9)],
 )
 def test_rank_agreement(truth, backend, dtype, least):
     try:
