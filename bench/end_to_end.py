@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.measure import PeakMemory, write_results
+from bench.measure import PeakMemory, give_back_freed, resident, write_results
 from bench.plots import plot_end_to_end
 from bench.providers import PROVIDERS, Request, UnavailableError
 from lastrerank.speed import interleaved, spread
@@ -62,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
             started = time.perf_counter()
             try:
                 scorers[name] = PROVIDERS[name](Path(folder))
-                log(f"{name}: loaded in {time.perf_counter() - started:.1f} s")
+                give_back_freed()  # gigabytes after a conversion
+                log(f"{name}: loaded in {time.perf_counter() - started:.1f} s, "
+                    f"{resident() / 2**30:.1f} GiB in all")  # fmt: skip
             except UnavailableError as reason:
                 log(f"{name}: left out: {reason}")
         for workload in options.workloads:

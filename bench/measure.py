@@ -54,9 +54,7 @@ class PeakMemory:
     """
 
     def __enter__(self) -> PeakMemory:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        give_back_freed()
         self._stop, self.start, self.peak = threading.Event(), resident(), 0
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -70,6 +68,13 @@ class PeakMemory:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def give_back_freed() -> None:
+    """Give freed memory that the C library holds back to the system."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def resident(process: int | str = "self") -> int:

@@ -20,8 +20,6 @@ from safetensors.torch import load_file
 
 from bench.baseline import PlainReranker
 
-LLAMA_CONTEXT = 9216
-
 
 class PlainDecoder(torch.nn.Module):
     """Qwen3 of one sequence as an exporter likes it: plain operations, everything that depends on positions is given.
@@ -86,7 +84,7 @@ class Peer(PlainReranker):
         super().__init__(folder)
         self.config = json.loads((folder / "config.json").read_text())
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
-            self.table = file.get_tensor("model.embed_tokens.weight").float()
+            self.table = file.get_tensor("model.embed_tokens.weight")
         self.convert(folder)
         self.load(folder / self.file)
 
@@ -102,7 +100,7 @@ class Peer(PlainReranker):
         raise NotImplementedError
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.run(self.table[ids].numpy()))
+        return torch.from_numpy(self.run(self.table[ids].float().numpy()))
 
     def state(self, folder: Path) -> dict[str, torch.Tensor]:
         """The decoder's tensors without the embeddings, names without `model.`, fp32."""
@@ -225,7 +223,7 @@ class LlamaCpp(Peer):
         writer.add_vocab_size(32)
         writer.add_tokenizer_model("none")
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-        for name, tensor in {"embed_tokens.weight": self.table[:32], **self.state(folder)}.items():
+        for name, tensor in {"embed_tokens.weight": self.table[:32].float(), **self.state(folder)}.items():
             kind = gguf.GGMLQuantizationType[self.kind if tensor.ndim == 2 else "F32"]
             renamed = names.get_name(f"model.{name}", (".weight",))
             writer.add_tensor(renamed, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
@@ -240,20 +238,26 @@ class LlamaCpp(Peer):
         self.library = llama_cpp
         self.silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.silence, ctypes.c_void_p(0))
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = LLAMA_CONTEXT
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        self.make_context(1024)
+
+    def make_context(self, length: int) -> None:
+        """Make one for `length` tokens: its cache takes memory for all of them."""
+        library = self.library
+        settings = library.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = self.length = length
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-        settings.embeddings, settings.pooling_type = True, llama_cpp.LLAMA_POOLING_TYPE_NONE
-        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.pointer = llama_cpp.llama_init_from_model(model, settings)
+        settings.embeddings, settings.pooling_type = True, library.LLAMA_POOLING_TYPE_NONE
+        settings.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        self.pointer = library.llama_init_from_model(self.model, settings)
         if not self.pointer:
-            raise RuntimeError(f"llama.cpp made no context for {path}")
+            raise RuntimeError(f"llama.cpp made no context for {length} tokens")
 
     def run(self, embeddings: np.ndarray) -> np.ndarray:
         library, (length, width) = self.library, embeddings.shape
-        if length > LLAMA_CONTEXT:
-            raise ValueError(f"{length} tokens, the context is made for {LLAMA_CONTEXT}")
+        if length > self.length:
+            library.llama_free(self.pointer)
+            self.make_context(-(-length // 1024) * 1024)
         library.llama_memory_clear(library.llama_get_memory(self.pointer), True)
         batch = library.llama_batch_init(length, width, 1)
         try:
