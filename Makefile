@@ -39,7 +39,8 @@ bench-cpu: .venv-bench/done
 	$(PEERS) bench.end_to_end --threads 2 --name cpu_2_threads
 	$(PEERS) bench.end_to_end --threads 1 --name cpu_1_thread --workloads "512 tokens" --providers $(LONG)
 	$(PEERS) bench.end_to_end --threads 2 --name cpu_long --workloads "8,192 tokens" --runs 1 --providers $(LONG)
-	$(PEERS) bench.memory --providers $(LONG)
+	$(PEERS) bench.memory --providers $(LONG) lastrerank-reference-float32
+	$(PEERS) bench.memory --workload "32,768 tokens" --providers lastrerank-native-int8 --name memory_32k
 	$(PEERS) bench.startup
 
 bench-kernels: .venv/test

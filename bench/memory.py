@@ -7,6 +7,7 @@ the peak is what the long pass adds. Scores of the providers are compared as in 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.end_to_end import AGREEMENT, WORKLOADS, log, make_requests
-from bench.measure import PeakMemory, resident, write_results
+from bench.measure import PeakMemory, give_back_freed, resident, write_results
 from bench.providers import PROVIDERS, UnavailableError
 
 DEFAULT = ("transformers-sdpa-float32", "lastrerank-reference-float32", "lastrerank-native-float32",
@@ -72,6 +73,8 @@ def measure(provider: str, folder: Path, workload: str) -> dict:
     requests = make_requests(*WORKLOADS[workload], tokenizing)
     tokens = sum(tokenizing.encode(RerankRequest(*request)).num_tokens for request in requests)
     del tokenizing
+    gc.collect()
+    give_back_freed()
     before = resident()
     try:
         scorer = PROVIDERS[provider](folder)

@@ -29,7 +29,7 @@ def plot_end_to_end(path: Path) -> Path:
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("prompt tokens per second")
     axes.set_title(f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, torch {machine['torch']}")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return _save(figure, path)
 
 

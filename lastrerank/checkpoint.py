@@ -195,6 +195,7 @@ class _Tensors:
         self._folder = folder
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
+        self._paths: dict[str, str] = {}
 
     def __enter__(self) -> _Tensors:
         from safetensors import SafetensorError, safe_open
@@ -213,6 +214,7 @@ class _Tensors:
             try:
                 opened = self._stack.enter_context(safe_open(str(path), framework="pt"))
                 self._files.update(dict.fromkeys(opened.keys(), opened))
+                self._paths.update(dict.fromkeys(opened.keys(), str(path)))
             except SafetensorError as error:
                 raise ValueError(f"{path}: damaged or incomplete: {error}") from error
         return self
@@ -228,6 +230,13 @@ class _Tensors:
 
     def read(self, name: str) -> torch.Tensor:
         return self._files[name].get_tensor(name)
+
+    def read_apart(self, name: str) -> torch.Tensor:
+        """In a mapping of its own, no page of it touched: to keep it keeps no other tensor's pages in memory."""
+        from safetensors import safe_open
+
+        with safe_open(self._paths[name], framework="pt") as opened:
+            return opened.get_tensor(name)
 
 
 def _load(
@@ -303,7 +312,13 @@ def _load(
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def read(*names: str) -> torch.Tensor:
-        return stored_tensor(*names).to(dtype)
+        return stored_tensor(*names).to(dtype, copy=True)  # a view would keep the whole file mapped
+
+    def embedding() -> torch.Tensor:
+        name = "model.embed_tokens.weight"
+        table = stored_tensor(name)
+        as_stored = device.type == "cpu" and f"{name}_scale" not in stored
+        return tensors.read_apart(stored[name]) if as_stored else table
 
     def linear(*names: str, outputs: slice = slice(None)) -> Weight:
         """Some outputs of a linear, or of several along the first dimension, as the backend wants them."""
@@ -335,7 +350,7 @@ def _load(
         )
 
     return ModelWeights(
-        embedding=stored_tensor("model.embed_tokens.weight"),
+        embedding=embedding(),
         layers=tuple(layer_weights(index) for index in range(config.num_layers)),
         last=LastLayerProjections(
             q=linear(*qkv(last), outputs=slice(q_size)), kv=linear(*qkv(last), outputs=slice(q_size, None))

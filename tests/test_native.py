@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +192,18 @@ def test_an_outlier_costs_the_other_weights_nothing(isa):
     again = operations.prepare(packed.unpack(), packed.scales)
     x = torch.randn(50, 300)
     assert torch.equal(again.matmul(x, None, None), packed.matmul(x, None, None))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory of a mapping is shown on Linux only")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_was_packed_is_not_kept(small, tmp_path, documents, dtype):
+    """Beside the packed weights a CPU keeps the table alone, and of that only the pages it looked rows up in."""
+    path = shutil.copytree(small, tmp_path / "copy") / "model.safetensors"
+    reranker = Reranker.from_pretrained(path.parent, backend="native", dtype=dtype)
+    mappings = re.findall(rf"{re.escape(str(path))}\n(?:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+    assert len(mappings) == 1, "the table is not memory-mapped, or something else is"
+    assert int(mappings[0]) * 1024 < path.stat().st_size / 4
+    assert len(scores(reranker, documents[:3])) == 3
 
 
 def test_a_quantised_model_is_kept(tiny, documents, tmp_path):
