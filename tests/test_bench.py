@@ -16,8 +16,10 @@ from conftest import ROOT
 import bench.end_to_end
 import bench.load
 import bench.measure
+import bench.profile_cpu
 from bench.plots import plot_roofline
 from bench.providers import PROVIDERS
+from lastrerank.random_checkpoint import SHAPES
 
 
 @pytest.fixture
@@ -52,6 +54,25 @@ def test_a_peer_gives_the_baselines_scores(tiny, tmp_path, documents, provider, 
         np.concatenate(PROVIDERS[name](folder)(requests)) for name in ("transformers-sdpa-float32", provider)
     )
     assert 0 < np.abs(found - expected).max() < bound
+
+
+def test_profile_counts_what_a_pass_does(results):
+    """The operations take most of a pass but not more than all of it, and the products' counts are the formula's."""
+    try:
+        bench.profile_cpu.main(["--shape", "tiny", "--workloads", "512 tokens", "--runs", "2", "--name", "x"])
+    except RuntimeError as reason:
+        pytest.skip(f"native backend: {reason}")
+    rows = json.loads((results / "x.json").read_text())["rows"]
+    for dtype in ("float32", "int8"):
+        parts = {row["operation"]: row for row in rows if row.get("dtype") == dtype}
+        assert parts.keys() == {"linears", "attention", "add_rms_norm", "qk_norm_rope", "swiglu", "score"}
+        assert 0.2 < sum(row["share"] for row in parts.values()) < 1.2  # medians apart don't add up exactly
+        config, tokens = SHAPES["tiny"], parts["attention"]["prompt_tokens"]
+        width = config["num_attention_heads"] * config["head_dim"]
+        full = tokens * (tokens + 1) // 2 * 4 * width
+        found = parts["attention"]["gflops"] * parts["attention"]["seconds"] * 1e9
+        layers = config["num_hidden_layers"]
+        assert (layers - 1) * full < found < layers * full  # the last layer computes only what is read
 
 
 def test_gpu_check_runs_on_tiny_shapes(tmp_path):

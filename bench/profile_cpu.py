@@ -1,0 +1,137 @@
+"""Where a pass of the native backend spends its time, by operation; `python -m bench.profile_cpu`.
+
+Seconds of each operation in whole passes, how many GFLOP/s the products reach, and the processor's fp32 peak to judge
+them by: fused multiply-adds that never leave the registers (`peak.cpp`, compiled here; left out without a compiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.end_to_end import WORKLOADS, as_request, log, make_requests
+from bench.measure import write_results
+from lastrerank import Reranker
+from lastrerank.ops.native import Int8Weight, NativeOperations, PackedWeight
+from lastrerank.random_checkpoint import write_random_checkpoint
+
+
+def peak_gflops(threads: int) -> float | None:
+    """Of fp32 fused multiply-adds, before any work: the clock may fall later."""
+    source = Path(__file__).parent / "peak.cpp"
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "peak")
+        try:
+            subprocess.run(["g++", "-O2", "-march=native", str(source), "-pthread", "-o", program], check=True)
+        except (OSError, subprocess.CalledProcessError) as reason:
+            log(f"no peak: {reason}")
+            return None
+        return float(subprocess.run([program, str(threads)], stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def linear_flops(weight: Any, x: torch.Tensor, *_: Any) -> int:
+    return 2 * len(x) * weight.in_features * weight.out_features
+
+
+def attention_flops(_: Any, q: torch.Tensor, k: Any, v: Any, cu_seqlens: torch.Tensor, seqlens: tuple[int, ...],
+                    window: int | None, scale: float, rows: torch.Tensor | None = None, **__: Any) -> int:  # fmt: skip
+    """Two products with every visible key. No window: the shapes here have none."""
+    assert window is None
+    visible = sum(n * (n + 1) // 2 for n in seqlens)
+    if rows is not None:
+        starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]
+        visible = int((rows - starts + 1).sum())
+    return 4 * visible * q.shape[1] * q.shape[2]
+
+
+class Stopwatch:
+    """Seconds and floating-point operations by operation, while entered."""
+
+    METHODS = [(PackedWeight, "matmul", "linears", linear_flops), (Int8Weight, "matmul", "linears", linear_flops),
+               (NativeOperations, "attention", "attention", attention_flops)] + [
+               (NativeOperations, name, name.removeprefix("_"), None)
+               for name in ("_add_rms_norm", "qk_norm_rope", "swiglu", "score")]  # fmt: skip
+
+    def __enter__(self) -> Stopwatch:
+        self.seconds: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self._originals = [(owner, name, getattr(owner, name)) for owner, name, *_ in self.METHODS]
+        for owner, name, label, count in self.METHODS:
+            setattr(owner, name, self._timed(getattr(owner, name), label, count))
+        return self
+
+    def _timed(self, method: Callable[..., Any], label: str, count: Callable[..., int] | None) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if count is not None:
+                self.flops[label] += count(*args, **kwargs)
+            started = time.perf_counter()
+            result = method(*args, **kwargs)
+            self.seconds[label] += time.perf_counter() - started
+            return result
+
+        return timed
+
+    def __exit__(self, *exc: object) -> None:
+        for owner, name, method in self._originals:
+            setattr(owner, name, method)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="jina-reranker-v3")
+    parser.add_argument("--workloads", nargs="+", default=("512 tokens", "2,048 tokens"), choices=list(WORKLOADS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--name", default="profile_cpu")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    peak = peak_gflops(options.threads)
+    rows: list[dict[str, Any]] = [{"operation": "peak", "gflops": peak}] if peak else []
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(folder, options.shape)
+        for dtype in ("float32", "int8"):
+            reranker = Reranker.from_pretrained(folder, device="cpu", backend="native", dtype=dtype)
+            for workload in options.workloads:
+                requests = [as_request(request) for request in make_requests(*WORKLOADS[workload], reranker)]
+                tokens = sum(reranker.encode(request).num_tokens for request in requests)
+                what = {"dtype": dtype, "workload": workload, "prompt_tokens": tokens}
+                rows += profile(reranker, requests, what, options.runs)
+    for row in rows:
+        share = f"{row['share']:6.1%} of {row['pass_seconds']:.2f} s" if "share" in row else ""
+        speed = f"{row['gflops']:5.0f} GFLOP/s" if "gflops" in row else ""
+        log(f"{row.get('workload', ''):16} {row.get('dtype', ''):8} {row['operation']:14} {share} {speed}")
+    write_results(options.name, rows)
+
+
+def profile(reranker: Reranker, requests: list[Any], what: dict[str, Any], runs: int) -> list[dict[str, Any]]:
+    """A row an operation: medians over passes, after one that is not counted."""
+    reranker.rerank_many(requests, progress=False)
+    passes = []
+    for _ in range(runs):
+        with Stopwatch() as watch:
+            started = time.perf_counter()
+            reranker.rerank_many(requests, progress=False)
+            seconds = time.perf_counter() - started
+        passes.append((seconds, watch))
+    whole = statistics.median(seconds for seconds, _ in passes)
+    rows = []
+    for operation in passes[0][1].seconds:
+        seconds = statistics.median(watch.seconds[operation] for _, watch in passes)
+        row = what | {"operation": operation, "seconds": seconds, "pass_seconds": whole, "share": seconds / whole}
+        if operation in watch.flops:
+            row["gflops"] = watch.flops[operation] / seconds / 1e9
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["seconds"])
+
+
+if __name__ == "__main__":
+    main()
