@@ -42,6 +42,7 @@ bench-cpu: .venv-bench/done
 	$(PEERS) bench.memory --providers $(LONG) lastrerank-reference-float32
 	$(PEERS) bench.memory --workload "32,768 tokens" --providers lastrerank-native-int8 --name memory_32k
 	$(PEERS) bench.startup
+	$(PEERS) bench.profile_cpu --threads 2
 
 bench-kernels: .venv/test
 	$(BIN)/python -m bench.kernels
