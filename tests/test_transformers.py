@@ -126,17 +126,19 @@ def test_registered_attention(overrides, side, grad):
     there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     gradients = []
     outputs = []
+    # Not the sum of squares: after the last norm it is nearly constant, and its gradient mostly rounding.
+    direction = torch.randn(*ids.shape, 64, generator=torch.Generator().manual_seed(2))
     for implementation in ("sdpa", register_attention()):
         model.set_attn_implementation(implementation)
         with torch.set_grad_enabled(grad):
             outputs.append(model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
             if grad:
                 model.zero_grad()
-                outputs[-1][there].square().sum().backward()
+                (outputs[-1] * direction)[there].sum().backward()
                 gradients.append(model.layers[0].self_attn.q_proj.weight.grad.clone())
     assert (outputs[0] - outputs[1])[there].abs().max() <= 2e-5
     if grad:
-        assert (gradients[0] - gradients[1]).abs().max() <= 1e-4 * gradients[0].abs().max() + 1e-6
+        assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
 
 
 def test_registered_attention_refuses_a_cache():
