@@ -17,7 +17,7 @@ lint: .venv/test
 bench: .venv/test
 	$(BIN)/python -m bench.end_to_end --runs 3 --providers transformers-sdpa-float32 lastrerank-reference-float32 \
 		lastrerank-native-float32 lastrerank-native-int8
-	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.memory --name end_to_end_memory
 
 .venv/demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

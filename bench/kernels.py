@@ -57,8 +57,9 @@ class Case:
 
 def cases(tokens: int, shape: str, device: torch.device, dtype: torch.dtype, documents: int) -> list[Case]:
     """Every kernel as the model calls it in a pass of one list of `tokens` rows."""
+    from lastrerank.ops import attention_flops
     from lastrerank.ops.reference import ReferenceOperations
-    from lastrerank.ops.triton import TritonOperations, attention_flops
+    from lastrerank.ops.triton import TritonOperations
 
     ours, plain, functional = TritonOperations(), ReferenceOperations(), torch.nn.functional
     size = torch.finfo(dtype).bits // 8
@@ -116,7 +117,7 @@ def cases(tokens: int, shape: str, device: torch.device, dtype: torch.dtype, doc
             "reference": lambda arguments=arguments: plain.attention(*arguments),
             **_attention_peers(*arguments),
         }
-        work = attention_flops((tokens,), window, HEADS, HEAD_DIM)
+        work = attention_flops(cu, window, HEADS, HEAD_DIM)
         moved = 2 * tokens * (HEADS + KV_HEADS) * HEAD_DIM * size
         found.append(Case(f"attention window {window}" if window else "attention", shape, work, moved, providers))
     return found

@@ -74,7 +74,7 @@ def measure(provider: str, folder: Path, workload: str) -> dict:
     tokens = sum(tokenizing.encode(RerankRequest(*request)).num_tokens for request in requests)
     del tokenizing
     gc.collect()
-    give_back_freed()
+    give_back_freed()  # what is held back would be taken for the provider's, or hide some of it
     before = resident()
     try:
         scorer = PROVIDERS[provider](folder)

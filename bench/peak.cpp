@@ -36,8 +36,8 @@ static void chains(long steps, float* out) {
   *out = (a + b + c + d + e + f + g + h + i + j + k + l)[0];
 }
 
-int main(int, char** arguments) {
-  const int threads = std::atoi(arguments[1]);
+int main(int count, char** arguments) {
+  const int threads = count > 1 ? std::atoi(arguments[1]) : 1;
   const long steps = 20'000'000;
   double best = 0;
   for (int run = 0; run < 9; ++run) {

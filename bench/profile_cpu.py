@@ -21,12 +21,13 @@ import torch
 from bench.end_to_end import WORKLOADS, as_request, log, make_requests
 from bench.measure import write_results
 from lastrerank import Reranker
+from lastrerank.ops import attention_flops
 from lastrerank.ops.native import Int8Weight, NativeOperations, PackedWeight
 from lastrerank.random_checkpoint import write_random_checkpoint
 
 
 def peak_gflops(threads: int) -> float | None:
-    """Of fp32 fused multiply-adds, before any work: the clock may fall later."""
+    """GFLOP/s of fp32 fused multiply-adds on `threads` threads, or None without a compiler."""
     source = Path(__file__).parent / "peak.cpp"
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "peak")
@@ -42,24 +43,25 @@ def linear_flops(weight: Any, x: torch.Tensor, *_: Any) -> int:
     return 2 * len(x) * weight.in_features * weight.out_features
 
 
-def attention_flops(_: Any, q: torch.Tensor, k: Any, v: Any, cu_seqlens: torch.Tensor, seqlens: tuple[int, ...],
-                    window: int | None, scale: float, rows: torch.Tensor | None = None, **__: Any) -> int:  # fmt: skip
-    """Two products with every visible key. No window: the shapes here have none."""
-    assert window is None
-    visible = sum(n * (n + 1) // 2 for n in seqlens)
-    if rows is not None:
-        starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]
-        visible = int((rows - starts + 1).sum())
-    return 4 * visible * q.shape[1] * q.shape[2]
+def call_flops(_: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, lengths: Any,
+               window: int | None, scale: float, rows: torch.Tensor | None = None, **__: Any) -> int:  # fmt: skip
+    """Of a call of `NativeOperations.attention`."""
+    return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], rows)
 
 
 class Stopwatch:
     """Seconds and floating-point operations by operation, while entered."""
 
-    METHODS = [(PackedWeight, "matmul", "linears", linear_flops), (Int8Weight, "matmul", "linears", linear_flops),
-               (NativeOperations, "attention", "attention", attention_flops)] + [
-               (NativeOperations, name, name.removeprefix("_"), None)
-               for name in ("_add_rms_norm", "qk_norm_rope", "swiglu", "score")]  # fmt: skip
+    METHODS = (
+        (PackedWeight, "matmul", "linears", linear_flops),
+        (Int8Weight, "matmul", "linears", linear_flops),
+        (NativeOperations, "attention", "attention", call_flops),
+        (NativeOperations, "rms_norm", "rms_norm", None),
+        (NativeOperations, "add_rms_norm", "add_rms_norm", None),
+        (NativeOperations, "qk_norm_rope", "qk_norm_rope", None),
+        (NativeOperations, "swiglu", "swiglu", None),
+        (NativeOperations, "score", "score", None),
+    )
 
     def __enter__(self) -> Stopwatch:
         self.seconds: Counter[str] = Counter()

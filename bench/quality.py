@@ -21,10 +21,12 @@ from lastrerank import Reranker
 from lastrerank.cli import default_model
 from lastrerank.evaluation.beir import read_beir
 from lastrerank.evaluation.report import evaluate, plot
-from lastrerank.evaluation.run import bm25_candidates, ordered
+from lastrerank.evaluation.run import bm25_candidates, evaluate_ranking, ordered
 
 DEV = ("lo-help-en-us", "lo-help-de", "lo-help-ja", "debian-en")
 DEPTH, DOC_TOKENS = 20, 256
+COMMON: dict[str, Any] = {"top_k": DEPTH, "max_doc_length": DOC_TOKENS, "progress": False}
+PARTS = ("chance", "dev", "zero-shot", "agreement")
 
 
 def kendall_tau(a: list[int], b: list[int]) -> float:
@@ -68,51 +70,86 @@ def _scores(results: list[dict[str, Any]]) -> np.ndarray:
     return np.array([r["relevance_score"] for r in sorted(results, key=lambda r: r["index"])])
 
 
+def chance(root: Path, queries: int, orders: int = 10) -> list[dict[str, Any]]:
+    """What the candidates are worth unranked: the mean over seeded random orders."""
+    rows = []
+    for name in DEV:
+        dataset = read_beir(root / name, "dev", max_queries=queries)
+        candidates = bm25_candidates(dataset, DEPTH)
+        found = [evaluate_ranking(dataset, ordered(candidates, "random", seed))[0] for seed in range(orders)]
+        means = {metric: float(np.mean([means[metric] for means in found])) for metric in ("nDCG@10", "RR@10")}
+        rows.append({"part": "chance", "dataset": name, "split": "dev", "queries": len(dataset.queries),
+                     "ranking": "chance", **means})  # fmt: skip
+    log_rows(rows)
+    return rows
+
+
+def dev(root: Path, model: str, queries: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings, and the dev sets in every input order in fp32, in random order in int8."""
+    rows: list[dict[str, Any]] = []
+    settings: dict[str, Any] = {}
+    for dtype, orders in (("float32", ("descending", "ascending", "random")), ("int8", ("random",))):
+        try:
+            reranker = Reranker.from_pretrained(model, device="cpu", dtype=dtype)
+        except RuntimeError as reason:
+            log(f"{dtype}: left out: {reason}")
+            continue
+        with tempfile.TemporaryDirectory() as output:
+            report = evaluate(
+                reranker, [root / name for name in DEV], Path(output), split="dev", orders=orders,
+                max_queries=queries, **COMMON,
+            )  # fmt: skip
+        settings = settings or report["settings"]
+        rows += [{"part": "dev", "dtype": dtype, **row} for row in report["rows"]]
+        log_rows(report["rows"])
+    return settings, rows
+
+
+def zero_shot(root: Path, model: str, queries: int) -> list[dict[str, Any]]:
+    """Test sets of other kinds of text, two of them across languages, in random order in fp32."""
+    rows: list[dict[str, Any]] = []
+    reranker = Reranker.from_pretrained(model, device="cpu")
+    for name, query_name in (("cranfield", None), ("xquad-de", "xquad-en"), ("xquad-en", "xquad-de")):
+        with tempfile.TemporaryDirectory() as output:
+            report = evaluate(
+                reranker, [root / name], Path(output), split="test", orders=("random",),
+                query_folder=root / query_name if query_name else None, max_queries=queries, **COMMON,
+            )  # fmt: skip
+        rows += [{"part": "zero-shot", "dtype": "float32", **row} for row in report["rows"]]
+        log_rows(report["rows"])
+    return rows
+
+
 def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--queries", type=int, default=200, help="a dev set, sampled with seed 0")
     parser.add_argument("--zero-shot-queries", type=int, default=100)
     parser.add_argument("--agreement-queries", type=int, default=50, help="a dev set, for Kendall's tau")
     parser.add_argument("--name", default="quality")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = options.model or str(default_model())
     rows: list[dict[str, Any]] = []
-    common = {"top_k": DEPTH, "max_doc_length": DOC_TOKENS, "progress": False}
     settings: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as output:
-        plain = Reranker.from_pretrained(model, device="cpu")
-        for dtype, orders in (("float32", ("descending", "ascending", "random")), ("int8", ("random",))):
-            try:
-                reranker = plain if dtype == "float32" else Reranker.from_pretrained(model, device="cpu", dtype=dtype)
-            except RuntimeError as reason:
-                log(f"{dtype}: left out: {reason}")
-                continue
-            report = evaluate(
-                reranker, [options.data / name for name in DEV], Path(output) / dtype, split="dev", orders=orders,
-                max_queries=options.queries, **common,
-            )  # fmt: skip
-            settings = settings or report["settings"]
-            rows += [{"part": "dev", "dtype": dtype, **row} for row in report["rows"]]
-            log_rows(report["rows"])
-        zero_shot = [("cranfield", None), ("xquad-de", "xquad-en"), ("xquad-en", "xquad-de")]
-        for name, query_name in zero_shot:
-            report = evaluate(
-                plain, [options.data / name], Path(output) / f"zero-{name}", split="test", orders=("random",),
-                query_folder=options.data / query_name if query_name else None,
-                max_queries=options.zero_shot_queries, **common,
-            )  # fmt: skip
-            rows += [{"part": "zero-shot", "dtype": "float32", **row} for row in report["rows"]]
-            log_rows(report["rows"])
-    rows += agreement(options.data, model, options.agreement_queries)
+    if "chance" in options.parts:
+        rows += chance(options.data, options.queries)
+    if "dev" in options.parts:
+        settings, found = dev(options.data, model, options.queries)
+        rows += found
+    if "zero-shot" in options.parts:
+        rows += zero_shot(options.data, model, options.zero_shot_queries)
+    if "agreement" in options.parts:
+        rows += agreement(options.data, model, options.agreement_queries)
     path = write_results(options.name, rows)
-    shown = [row for row in rows if row.get("part") == "dev" and row["dtype"] == "float32"]
-    plot({"settings": settings, "rows": shown}, path.with_suffix(".png"))
+    shown = [row for row in rows if row["part"] == "dev" and row["dtype"] == "float32"]
+    if shown:
+        plot({"settings": settings, "rows": shown}, path.with_suffix(".png"))
 
 
 def log_rows(rows: list[dict[str, Any]]) -> None:

@@ -194,8 +194,8 @@ class _Tensors:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
-        self._paths: dict[str, str] = {}
+        self._paths: dict[str, str] = {}  # by tensor
+        self._files: dict[str, Any] = {}  # by path
 
     def __enter__(self) -> _Tensors:
         from safetensors import SafetensorError, safe_open
@@ -213,7 +213,7 @@ class _Tensors:
                 raise ValueError(f"{self._folder}: {name}, listed in model.safetensors.index.json, is missing")
             try:
                 opened = self._stack.enter_context(safe_open(str(path), framework="pt"))
-                self._files.update(dict.fromkeys(opened.keys(), opened))
+                self._files[str(path)] = opened
                 self._paths.update(dict.fromkeys(opened.keys(), str(path)))
             except SafetensorError as error:
                 raise ValueError(f"{path}: damaged or incomplete: {error}") from error
@@ -223,13 +223,13 @@ class _Tensors:
         self._stack.close()
 
     def names(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._paths)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._files[self._paths[name]].get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        return self._files[self._paths[name]].get_tensor(name)
 
     def read_apart(self, name: str) -> torch.Tensor:
         """In a mapping of its own, no page of it touched: to keep it keeps no other tensor's pages in memory."""
@@ -317,8 +317,9 @@ def _load(
     def embedding() -> torch.Tensor:
         name = "model.embed_tokens.weight"
         table = stored_tensor(name)
-        as_stored = device.type == "cpu" and f"{name}_scale" not in stored
-        return tensors.read_apart(stored[name]) if as_stored else table
+        if device.type != "cpu" or f"{name}_scale" in stored:
+            return table
+        return tensors.read_apart(stored[name])  # `table` is checked: all its pages, and its mapping, are in memory
 
     def linear(*names: str, outputs: slice = slice(None)) -> Weight:
         """Some outputs of a linear, or of several along the first dimension, as the backend wants them."""

@@ -65,14 +65,17 @@ def test_profile_counts_what_a_pass_does(results):
     rows = json.loads((results / "x.json").read_text())["rows"]
     for dtype in ("float32", "int8"):
         parts = {row["operation"]: row for row in rows if row.get("dtype") == dtype}
-        assert parts.keys() == {"linears", "attention", "add_rms_norm", "qk_norm_rope", "swiglu", "score"}
+        assert parts.keys() == {"linears", "attention", "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "score"}
         assert 0.2 < sum(row["share"] for row in parts.values()) < 1.2  # medians apart don't add up exactly
         config, tokens = SHAPES["tiny"], parts["attention"]["prompt_tokens"]
-        width = config["num_attention_heads"] * config["head_dim"]
-        full = tokens * (tokens + 1) // 2 * 4 * width
-        found = parts["attention"]["gflops"] * parts["attention"]["seconds"] * 1e9
+        width, kv_width = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+        weights = config["hidden_size"] * (2 * width + 2 * kv_width + 3 * config["intermediate_size"])
+        # Of a layer. The last one computes only what is read.
+        full = {"attention": tokens * (tokens + 1) // 2 * 4 * width, "linears": 2 * tokens * weights}
         layers = config["num_hidden_layers"]
-        assert (layers - 1) * full < found < layers * full  # the last layer computes only what is read
+        for operation, count in full.items():
+            found = parts[operation]["gflops"] * parts[operation]["seconds"] * 1e9
+            assert (layers - 1) * count < found < layers * count
 
 
 def test_gpu_check_runs_on_tiny_shapes(tmp_path):

@@ -11,7 +11,10 @@ import random
 from pathlib import Path
 
 import pytest
+from test_evaluation import write_dataset
 
+import bench.measure
+import bench.quality
 from bench.quality import kendall_tau
 from lastrerank import Reranker
 from lastrerank.cli import default_model
@@ -68,3 +71,21 @@ def test_a_hundred_documents_are_told_apart(place):
     found = Reranker.from_pretrained(default_model(), device="cpu").rerank("insert picture table", documents)
     assert found[0]["index"] == place
     assert found[0]["relevance_score"] > found[1]["relevance_score"] + 0.05
+
+
+def test_every_part_of_the_report(small, tmp_path, monkeypatch):
+    """Rows of each part, and chance by its formula: the relevant one of ten is as often in each place."""
+    monkeypatch.setattr(bench.measure, "RESULTS", tmp_path / "results")
+    documents = {str(n): f"common word number {n}" for n in range(10)}
+    for name in (*bench.quality.DEV, "cranfield", "xquad-en", "xquad-de"):
+        for split in ("dev", "test"):
+            write_dataset(tmp_path / name, documents, {"q": "common word"}, {"q": {"3": 1}}, split)
+    bench.quality.main([str(tmp_path), "--model", str(small)])
+    report = json.loads((tmp_path / "results" / "quality.json").read_text())["rows"]
+    assert {row["part"] for row in report} == set(bench.quality.PARTS)
+    rankings = {row["ranking"] for row in report if row["part"] == "dev"}
+    assert rankings == {"first stage", "descending", "ascending", "random"}
+    monkeypatch.setattr(bench.quality, "DEV", bench.quality.DEV[:1])
+    [chance] = bench.quality.chance(tmp_path, queries=1, orders=500)
+    expected = sum(1 / math.log2(place + 2) for place in range(10)) / 10
+    assert abs(chance["nDCG@10"] - expected) < 0.03  # three standard errors

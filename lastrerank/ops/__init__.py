@@ -131,6 +131,23 @@ class Operations(Protocol):
         """
 
 
+def attention_flops(
+    cu_seqlens: torch.Tensor, window: int | None, num_heads: int, head_dim: int, rows: torch.Tensor | None = None
+) -> int:
+    """Floating-point operations of causal attention: two products for each visible pair of tokens and head.
+
+    Args:
+        cu_seqlens: integer `[S + 1]`, starts of the packed sequences and the end.
+        rows: integer `[R]`, the rows attention is computed for; default: all.
+    """
+    if rows is None:
+        rows = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    rows = rows.to(cu_seqlens.dtype)
+    visible = rows - cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1] + 1
+    pairs = int((visible if window is None else visible.clamp(max=window)).sum())
+    return 4 * num_heads * head_dim * pairs
+
+
 def _native(device: torch.device, dtype: torch.dtype) -> Operations:
     if device.type != "cpu":
         raise RuntimeError(f"it runs on the CPU, not on {device.type}")

@@ -6,7 +6,6 @@ graph, profilers see names, and FLOP counters count the attention. Asked for by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from lastrerank.kernels import qk_norm_rope as qk_norm_rope_kernel
 from lastrerank.kernels import rms_norm as rms_norm_kernel
 from lastrerank.kernels import score as score_kernel
 from lastrerank.kernels import swiglu as swiglu_kernel
+from lastrerank.ops import attention_flops
 from lastrerank.ops.reference import ReferenceOperations
 
 
@@ -122,15 +122,6 @@ for _name, _schema, _kernel, _fake in _OPERATIONS:
     torch.library.register_fake(f"lastrerank::{_name}", _fake)
 
 
-def attention_flops(lengths: Sequence[int], window: int | None, num_heads: int, head_dim: int) -> int:
-    """Floating-point operations of causal attention over sequences: two products for each visible pair and head."""
-    pairs = 0
-    for length in lengths:
-        seen = length if window is None else min(window, length)
-        pairs += seen * (seen + 1) // 2 + (length - seen) * seen
-    return 4 * num_heads * head_dim * pairs
-
-
 @register_flop_formula([torch.ops.lastrerank.attention, torch.ops.lastrerank.attention_], get_raw=True)
 def _attention_flops(
     q: Tensor,
@@ -143,8 +134,4 @@ def _attention_flops(
     rows: Tensor | None = None,
     out_val: object = None,
 ) -> int:
-    if rows is None:
-        return attention_flops(cu_seqlens.diff().tolist(), window, q.shape[1], q.shape[2])
-    starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True) - 1]
-    seen = rows - starts + 1
-    return 4 * q.shape[1] * q.shape[2] * int((seen if window is None else seen.clamp(max=window)).sum())
+    return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], rows)
