@@ -50,7 +50,10 @@ def call_flops(_: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seq
 
 
 class Stopwatch:
-    """Seconds and floating-point operations by operation, while entered."""
+    """Seconds of each operation while entered, or, counting, its floating-point operations.
+
+    Not both: to count takes PyTorch's threads, which then wait actively and slow the operation that follows.
+    """
 
     METHODS = (
         (PackedWeight, "matmul", "linears", linear_flops),
@@ -63,6 +66,9 @@ class Stopwatch:
         (NativeOperations, "score", "score", None),
     )
 
+    def __init__(self, counting: bool = False) -> None:
+        self.counting = counting
+
     def __enter__(self) -> Stopwatch:
         self.seconds: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
@@ -73,7 +79,7 @@ class Stopwatch:
 
     def _timed(self, method: Callable[..., Any], label: str, count: Callable[..., int] | None) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if count is not None:
+            if self.counting and count is not None:
                 self.flops[label] += count(*args, **kwargs)
             started = time.perf_counter()
             result = method(*args, **kwargs)
@@ -115,8 +121,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def profile(reranker: Reranker, requests: list[Any], what: dict[str, Any], runs: int) -> list[dict[str, Any]]:
-    """A row an operation: medians over passes, after one that is not counted."""
-    reranker.rerank_many(requests, progress=False)
+    """A row an operation: medians over passes, after one that counts and warms up."""
+    with Stopwatch(counting=True) as counted:
+        reranker.rerank_many(requests, progress=False)
     passes = []
     for _ in range(runs):
         with Stopwatch() as watch:
@@ -129,8 +136,8 @@ def profile(reranker: Reranker, requests: list[Any], what: dict[str, Any], runs:
     for operation in passes[0][1].seconds:
         seconds = statistics.median(watch.seconds[operation] for _, watch in passes)
         row = what | {"operation": operation, "seconds": seconds, "pass_seconds": whole, "share": seconds / whole}
-        if operation in watch.flops:
-            row["gflops"] = watch.flops[operation] / seconds / 1e9
+        if operation in counted.flops:
+            row["gflops"] = counted.flops[operation] / seconds / 1e9
         rows.append(row)
     return sorted(rows, key=lambda row: -row["seconds"])
 
