@@ -5,9 +5,12 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -247,7 +250,8 @@ long pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8
     float largest = 0;
     for (long i = 0; i < k; ++i)
       if (std::fabs(row[i]) <= limit) largest = std::max(largest, std::fabs(row[i]));
-    if (!scaled) scales[column] = largest > 0 ? largest / kWeightMax : 1.0f;
+    // A scale is a normal number, so that it can be divided by and is one when it is loaded again.
+    if (!scaled) scales[column] = largest > 0 ? std::max(largest / kWeightMax, FLT_MIN) : 1.0f;
     int32_t total = 0;
     for (long i = 0; i < k; ++i) {
       if (std::fabs(row[i]) > limit) {
@@ -336,7 +340,8 @@ inline float quantize_row(const float* x, long k, uint8_t* q) {
     std::memset(q, 128, ceil_div(k, 4) * 4);
     return NAN;
   }
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  largest = std::max(largest, 1e-30f);  // the inverse of less would overflow
+  const float inverse = 127.0f / largest;
   for (i = 0; i + kLanes <= k; i += kLanes) {
     const Vec v = load(x + i) * inverse;
     const IVec rounded = __builtin_convertvector(v + (v < 0.0f ? splat(-0.5f) : splat(0.5f)), IVec) + 128;
@@ -552,6 +557,35 @@ void attention(int threads, const float* q, long ldq, long rows, const int64_t* 
   });
 }
 
+// No exception may cross the C interface: what is thrown here, or on a thread of the pool, becomes a number.
+template <auto kKernel, typename... A>
+int guarded(A... arguments) {
+  try {
+    kKernel(arguments...);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  } catch (const std::system_error&) {
+    return 2;
+  } catch (...) {
+    return 3;
+  }
+}
+
+template <auto kKernel, typename... A>
+constexpr auto guard(void (*)(A...)) {
+  return &guarded<kKernel, A...>;
+}
+
+long pack_i8_guarded(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
+                     int32_t* sums, Outlier* outliers, long room) {
+  try {
+    return pack_i8(weight, is_bf16, n, k, scaled, packed, scales, sums, outliers, room);
+  } catch (...) {
+    return -1;
+  }
+}
+
 }  // namespace
 
 extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
@@ -562,14 +596,14 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
     packed_i8_size,
     pack_f32,
     unpack_f32,
-    pack_i8,
+    pack_i8_guarded,
     unpack_i8,
-    linear_f32,
-    linear_i8,
-    add_rms_norm,
-    swiglu,
-    qk_norm_rope,
-    attention,
+    guard<linear_f32>(linear_f32),
+    guard<linear_i8>(linear_i8),
+    guard<add_rms_norm>(add_rms_norm),
+    guard<swiglu>(swiglu),
+    guard<qk_norm_rope>(qk_norm_rope),
+    guard<attention>(attention),
 };
 
 }  // namespace lastrerank

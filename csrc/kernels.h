@@ -14,6 +14,8 @@ struct Outlier {
   float value;
 };
 
+// Nothing here throws. What returns an int returns 0, or 1 (no memory), 2 (no thread) or 3 (anything else), and has then
+// written some of its output. Shapes are not checked: `lastrerank/ops/shapes.py` does that before a pointer is taken.
 struct Kernels {
   const char* name;
 
@@ -24,7 +26,8 @@ struct Kernels {
   void (*pack_f32)(const void* weight, bool bf16, long n, long k, float* packed);
   void (*unpack_f32)(const float* packed, long n, long k, float* weight);
   // Quantise to 7 bits a weight, symmetric, one scale an output, found here unless `scaled`; sums: of each output's
-  // quantised weights. Outliers are kept in fp32 beside it, in `outliers` as far as there is room, and counted.
+  // quantised weights. Outliers are kept in fp32 beside it, in `outliers` as far as there is room, and counted;
+  // -1 where there is no memory.
   long (*pack_i8)(const void* weight, bool bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
                   int32_t* sums, Outlier* outliers, long room);
 
@@ -33,27 +36,27 @@ struct Kernels {
                     float* weight);
 
   // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null)
-  void (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
-                     const float* bias, float* out, long ldo);
+  int (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
+                    const float* bias, float* out, long ldo);
   // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.
-  void (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-                    const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
-                    long ldo);
+  int (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
+                   const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
+                   long ldo);
 
   // residual += x (unless x is null), out = residual / rms(residual) * weight
-  void (*add_rms_norm)(int threads, float* residual, long ldr, const float* x, long ldx, const float* weight, float eps,
-                       long rows, long width, float* out, long ldo);
+  int (*add_rms_norm)(int threads, float* residual, long ldr, const float* x, long ldx, const float* weight, float eps,
+                      long rows, long width, float* out, long ldo);
   // out[rows, width] = silu(gate) * up, gate_up [rows, 2 width]
-  void (*swiglu)(int threads, const float* gate_up, long ldg, long rows, long width, float* out, long ldo);
+  int (*swiglu)(int threads, const float* gate_up, long ldg, long rows, long width, float* out, long ldo);
   // In place on the first heads + kv_heads heads of each row; null weights skip the norm; cos, sin [positions, dim / 2].
-  void (*qk_norm_rope)(int threads, float* qkv, long ld, long rows, long heads, long kv_heads, long dim,
-                       const float* q_weight, const float* k_weight, const float* cos, const float* sin,
-                       const int64_t* positions, float eps);
+  int (*qk_norm_rope)(int threads, float* qkv, long ld, long rows, long heads, long kv_heads, long dim,
+                      const float* q_weight, const float* k_weight, const float* cos, const float* sin,
+                      const int64_t* positions, float eps);
   // Causal grouped-query attention of one sequence: q rows are at `positions` (null: 0, 1, 2, ...), keys 0 .. length - 1.
   // window <= 0: none. Head h of q at q + h * dim, of k and v likewise. out may be q.
-  void (*attention)(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
-                    const float* v, long ldv, long length, long heads, long kv_heads, long dim, long window, float scale,
-                    float* out, long ldo);
+  int (*attention)(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
+                   const float* v, long ldv, long length, long heads, long kv_heads, long dim, long window, float scale,
+                   float* out, long ldo);
 };
 
 extern const Kernels kernels_portable;

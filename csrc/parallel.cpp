@@ -1,12 +1,13 @@
 #include "parallel.h"
 
-#include <unistd.h>
+#include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
-#include <memory>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace lastrerank {
@@ -14,18 +15,25 @@ namespace {
 
 class Pool {
  public:
-  // Runs the job on `threads` threads, the caller included. The pool grows to the largest number ever asked for.
+  // Runs the job on at most `threads` threads, the caller included, and throws what a task has thrown. The pool grows to
+  // the largest number ever asked for, or to what the system gives.
   void run(int threads, long tasks, const std::function<void(long)>& f) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(workers_.size()) < threads - 1) {
-        const int index = static_cast<int>(workers_.size());
-        // A worker that starts now has not seen any job yet, the one about to be published included.
-        workers_.emplace_back([this, index, seen = generation_] { work(index, seen); });
-        workers_.back().detach();
+      try {
+        while (static_cast<int>(workers_.size()) < threads - 1) {
+          const int index = static_cast<int>(workers_.size());
+          workers_.reserve(workers_.size() + 1);
+          // A worker that starts now has not seen any job yet, the one about to be published included.
+          workers_.emplace_back([this, index, seen = generation_] { work(index, seen); });
+          workers_.back().detach();
+        }
+      } catch (...) {  // no thread to be had: those that are there do it
+        threads = static_cast<int>(workers_.size()) + 1;
       }
       job_ = &f;
       tasks_ = tasks;
+      error_ = nullptr;
       next_.store(0, std::memory_order_relaxed);
       helpers_ = threads - 1;
       running_ = threads - 1;
@@ -36,6 +44,7 @@ class Pool {
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
   std::mutex busy;  // held by the caller whose job the workers are on
@@ -57,30 +66,36 @@ class Pool {
   }
 
   void drain(const std::function<void(long)>& f, long tasks) {
-    for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+    try {
+      for (long i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(i);
+    } catch (...) {
+      next_.store(tasks, std::memory_order_relaxed);  // nobody begins another task
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   const std::function<void(long)>* job_ = nullptr;
+  std::exception_ptr error_;
   std::atomic<long> next_{0};
   long tasks_ = 0;
   int helpers_ = 0, running_ = 0;
   unsigned long generation_ = 0;
 };
 
-// One pool a process: after fork the parent's threads are gone, so the child makes its own. Pools are never destroyed,
-// because detached workers may outlive static destruction.
+// One pool a process. After fork the parent's threads are gone and its locks may be held for ever, so the child makes its
+// own. Pools are never destroyed, because detached workers may outlive static destruction.
+Pool* current = nullptr;
+
 Pool& pool() {
-  static std::mutex mutex;
-  static Pool* current = nullptr;
-  static pid_t owner = 0;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (current == nullptr || owner != getpid()) {
+  static const bool registered = [] {
     current = new Pool();
-    owner = getpid();
-  }
+    return pthread_atfork(nullptr, nullptr, [] { current = new Pool(); }) == 0;
+  }();
+  (void)registered;
   return *current;
 }
 

@@ -141,16 +141,24 @@ def attention(
     Raises:
         ValueError: a head width or layout that the kernel doesn't serve.
     """
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2] and k.shape[1] > 0
+    if not fits or q.shape[1] % k.shape[1] or len(q) != len(k if rows is None else rows):
+        raise ValueError(
+            f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}, and rows "
+            f"{None if rows is None else tuple(rows.shape)}"
+        )
+    if out is not None and (out.shape != q.shape or out.stride(2) != 1):
+        raise ValueError(f"out has shape {tuple(out.shape)} and strides {out.stride()}, expected q's shape")
     head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
     if head_dim not in _HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim}, expected one of {_HEAD_DIMS}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
-    if q.shape[1] % k.shape[1] or k.shape != v.shape:
-        raise ValueError(f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     block_m, block_n, warps, stages = _tile(q.dtype)
+    # The kernel knows no stride of what has one dimension.
+    cu_seqlens, rows = cu_seqlens.contiguous(), None if rows is None else rows.contiguous()
     bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
     most = max_seqlen if rows is None else min(max_seqlen, len(rows))
     grid = (triton.cdiv(most, block_m // group), k.shape[1], len(cu_seqlens) - 1)

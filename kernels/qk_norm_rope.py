@@ -99,6 +99,12 @@ def qk_norm_rope(
         raise ValueError(f"cos has shape {tuple(cos.shape)}, sin {tuple(sin.shape)}: expected [P, {head_dim // 2}]")
     if positions.shape != qkv.shape[:1]:
         raise ValueError(f"positions has shape {tuple(positions.shape)}, expected [{qkv.shape[0]}]")
+    for weight in (q_weight, k_weight):
+        if weight is not None and weight.shape != (head_dim,):
+            raise ValueError(f"a norm's weight has shape {tuple(weight.shape)}, expected [{head_dim}]")
+    # The kernel knows no stride of what has one dimension.
+    q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
+    positions = positions.contiguous()
     grid = (qkv.shape[0], triton.cdiv(num_heads + num_kv_heads, _HEADS))
     _qk_norm_rope_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos, sin, positions,

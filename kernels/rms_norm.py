@@ -72,8 +72,6 @@ def add_rms_norm(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, 
     Raises:
         ValueError: shapes don't fit, or rows are not contiguous.
     """
-    if residual.shape != x.shape:
-        raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}")
     return _launch(x, residual, weight, eps, quantize=False)[0]
 
 
@@ -94,9 +92,12 @@ def _launch(
     if x.ndim != 2 or (weight is not None and weight.shape != x.shape[1:]):
         found = None if weight is None else tuple(weight.shape)
         raise ValueError(f"x has shape {tuple(x.shape)}, weight {found}: expected [T, D] and [D]")
-    for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
-        if tensor is not None and tensor.stride(-1) != 1:
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}")
+    for name, tensor in (("x", x), ("residual", residual)):
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} has strides {tensor.stride()}: its rows must be contiguous")
+    weight = None if weight is None else weight.contiguous()
     num_rows, width = x.shape
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn if quantize else x.dtype, device=x.device)
     scale = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device) if quantize else out

@@ -122,6 +122,14 @@ def score(
         )
     if hidden.stride(1) != 1 or not (w1.is_contiguous() and w2.is_contiguous()):
         raise ValueError("hidden must have contiguous rows, w1 and w2 must be contiguous")
+    maps = (("doc_sequence", doc_sequence, doc_rows), ("sequence_request", sequence_request, query_rows))
+    for name, rows, per in maps:
+        if rows.ndim != 1 or per.ndim != 1 or rows.shape != per.shape:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}, the rows {tuple(per.shape)}")
+    # The kernels know no stride of what has one dimension.
+    doc_rows, query_rows, doc_sequence, sequence_request, norm_weight = (
+        x.contiguous() for x in (doc_rows, query_rows, doc_sequence, sequence_request, norm_weight)
+    )
     num_rows = len(doc_rows) + len(query_rows)
     vectors = hidden
     for index, weight in enumerate((w1, w2)):

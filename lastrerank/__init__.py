@@ -1,9 +1,30 @@
 """lastrerank: last-token listwise rerankers, the same scores many times faster and in a fraction of the memory."""
 
-from lastrerank.integrations.transformers import accelerate
-from lastrerank.prompt import PromptTemplate
-from lastrerank.request import RerankRequest
-from lastrerank.reranker import Reranker
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lastrerank.integrations.transformers import accelerate
+    from lastrerank.prompt import PromptTemplate
+    from lastrerank.request import RerankRequest
+    from lastrerank.reranker import Reranker
 
 __version__ = "0.1.0"
 __all__ = ["PromptTemplate", "RerankRequest", "Reranker", "__version__", "accelerate"]
+
+# Found when first asked for: PyTorch takes a second to import, and a command line that prints its help needs none of
+# it.
+_WHERE = {
+    "PromptTemplate": "prompt", "RerankRequest": "request", "Reranker": "reranker",
+    "accelerate": "integrations.transformers",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f"lastrerank.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'lastrerank' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""Reading and writing checkpoints in the published format: `config.json`, `tokenizer.json`, safetensors.
+"""Reading checkpoints in the published format: `config.json`, `tokenizer.json`, safetensors.
 
-Nothing here executes code from a checkpoint. Every tensor is accounted for: missing, unknown, misshapen or
-non-finite ones are errors that name them.
+Nothing here executes code from a checkpoint. What a folder says is what is loaded: every tensor is accounted for, and
+what is missing, unknown, misshapen, not finite, quantised in an unknown way, or named twice is an error that names it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,67 +20,111 @@ import torch
 from tokenizers import Tokenizer
 
 from lastrerank.config import ModelConfig
+from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
-from lastrerank.ops import QuantisedWeight, Weight
+from lastrerank.ops import Weight
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
-_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", "model.safetensors.index.json")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", _INDEX)
 # Not weights of this model: an output head that is never used, and a buffer some exporters write.
 _IGNORED = re.compile(r"lm_head\.weight|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # `Operations.prepare`.
 Prepare = Callable[[torch.Tensor, torch.Tensor | None], Weight]
-# The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
-_INT8_MAX = 64
 # The projector's two matrices, by the names of the published package and of its ports.
 _PROJECTOR = re.compile(r"(?:projector\.)?(0|2|linear1|linear2)\.weight")
+_EMBEDDING = "model.embed_tokens.weight"
+# Names of safetensors' types that hold plain numbers.
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+# A tokenizer of a million tokens is under 100 MB; a configuration under one.
+_MOST_JSON, _MOST_TOKENIZER = 64 << 20, 512 << 20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, its small files parsed. `weights` reads the large ones."""
+    """A checkpoint on disk, its small files parsed. `weights` reads the large ones.
 
+    name: a Hub id, a bundled name, or the folder's. files: all that was and will be read, as they were when it was
+    opened.
+    """
+
+    name: str
     folder: Path
     raw_config: Mapping[str, Any]
     config: ModelConfig
     tokenizer: Tokenizer
+    tokenizer_config: Mapping[str, Any]
+    files: tuple[FileState, ...]
 
     def weights(
         self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None = None
     ) -> ModelWeights:
         """All weights on `device` in `dtype`, q, k, v and gate, up packed; the embedding table as stored, on a CPU
-        memory-mapped.
+        memory-mapped (`check_mapped` says whether it is still what was loaded).
 
         prepare: `Operations.prepare`; gets each linear weight as stored, one at a time, and decides what is kept.
 
         Raises:
-            ValueError: a file is damaged, or tensors are missing, unknown, misshapen or not finite.
+            ValueError: a file is damaged or has changed since, or tensors are missing, unknown, misshapen, twice there
+                or not finite.
         """
         with _Tensors(self.folder) as tensors:
-            return _load(self.config, tensors, device, dtype, prepare)
+            loaded = _load(self.config, tensors, device, dtype, prepare)
+        self._check_current("while it was read")
+        return loaded
+
+    def digest(self) -> str:
+        """SHA-256 of everything that decides a score: configuration, tokenizer, weights. Reads all of it.
+
+        Raises:
+            ValueError: a file has changed since it was opened.
+        """
+        found = digest(*(part for state in self.files for part in (state.path.name, state.path)))
+        self._check_current("since it was loaded")
+        return found
+
+    def check_mapped(self) -> None:
+        """Raises RuntimeError where a weights file was written to in place: the table that is served is its memory."""
+        for state in self.files:
+            if state.path.suffix == ".safetensors" and state.was_overwritten():
+                raise RuntimeError(f"{state.path} was overwritten while its weights are in use: load the model again")
+
+    def _check_current(self, when: str) -> None:
+        for state in self.files:
+            if not state.is_current():
+                raise ValueError(f"{state.path} has changed {when}: load the checkpoint again")
 
 
-def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: a folder as it is, a bundled model's name, or a Hub id, downloaded once.
+def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> tuple[str, Path]:
+    """Name and local folder of a checkpoint: a folder as it is, a bundled model's name, or a Hub id, downloaded once.
 
     Raises:
         ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached.
     """
     path = Path(id_or_path)
     if path.is_dir():
-        return path
+        return _folder_name(path.resolve()), path
     name = str(id_or_path)
-    if (BUNDLED_MODELS / name / "config.json").is_file():
-        return BUNDLED_MODELS / name
+    if re.fullmatch(r"[\w.-]+", name) and (BUNDLED_MODELS / name / "config.json").is_file():
+        return name, BUNDLED_MODELS / name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"id_or_path is {name!r}: no such folder, and no Hub id of the form 'owner/name'")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return name, Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"id_or_path is {name!r}: no such folder, and the Hub did not serve it: {error}") from error
+
+
+def _folder_name(folder: Path) -> str:
+    """The folder's own; of a snapshot in the Hub's cache, which is called by its commit, the repository's."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def open_checkpoint(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -88,104 +133,104 @@ def open_checkpoint(id_or_path: str | os.PathLike[str], revision: str | None = N
     Raises:
         ValueError: a file is missing or malformed, or the checkpoint is not of this family.
     """
-    folder = resolve(id_or_path, revision)
-    raw = _json(folder / "config.json")
-    tokenizer_config = folder / "tokenizer_config.json"
-    limit = _json(tokenizer_config).get("model_max_length") if tokenizer_config.is_file() else None
-    architectures = raw.get("architectures") or []
-    if any("Classification" in name for name in architectures):
+    name, folder = resolve(id_or_path, revision)
+    raw = read_json(folder / "config.json")
+    if (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder}: architectures is {architectures}, a classifier; expected a last-token reranker "
-            "(JinaForRanking: a Qwen3 decoder with a projector)"
+            f"{folder}: adapter_config.json is there: an adapter over other weights is not loaded; merge it first"
         )
-    config = ModelConfig.from_dict(raw, limit)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: tokenizer.json is missing")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path}: not a tokenizer: {error}") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(
-            f"{path}: {tokenizer.get_vocab_size()} tokens, but config.json has vocab_size {config.vocab_size}"
-        )
-    return Checkpoint(folder, raw, config, tokenizer)
+    path = folder / "tokenizer_config.json"
+    tokenizer_config = read_json(path) if path.exists() else {}
+    config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
+    tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config)
+    small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
+    files = tuple(FileState.of(path) for path in (*small, *_weight_files(folder)[0]))
+    return Checkpoint(name, folder, raw, config, tokenizer, tokenizer_config, files)
 
 
-def save(
-    folder: str | os.PathLike[str],
-    raw_config: Mapping[str, Any],
-    tokenizer: Tokenizer,
-    model_max_length: int,
-    state: Mapping[str, torch.Tensor],
-) -> None:
-    """Write a checkpoint in the published format. The weights appear under their final name only when complete."""
-    from safetensors.torch import save_file
-
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
-    tokenizer.save(str(target / "tokenizer.json"))
-    limits = {"model_max_length": model_max_length, "tokenizer_class": "PreTrainedTokenizerFast"}
-    (target / "tokenizer_config.json").write_text(json.dumps(limits, indent=2) + "\n")
-    partial = target / "model.safetensors.partial"
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(partial), metadata={"format": "pt"})
-    partial.replace(target / "model.safetensors")
-
-
-def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
-    """Weights by their published names, unpacked (views); the inverse of loading. A quantised weight is what it has
-    become, and its scales are beside it under `..._scale`.
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file that holds an object.
 
     Raises:
-        ValueError: a weight is quantised and can't be unpacked.
+        ValueError: it is missing, no regular file, too large, or no JSON object; the message names it.
     """
-    state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
-    state |= {"projector.0.weight": weights.w1, "projector.2.weight": weights.w2}
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-
-    def put(parts: dict[str, int], *stacked: Weight) -> None:
-        """The parts of stacked weights, by name and number of outputs."""
-        whole = torch.cat([weight if isinstance(weight, torch.Tensor) else weight.unpack() for weight in stacked])
-        state.update(zip(parts, whole.split(list(parts.values())), strict=True))
-        scales = [weight.scales for weight in stacked if isinstance(weight, QuantisedWeight)]
-        if scales:
-            names = (f"{name}_scale" for name in parts)
-            state.update(zip(names, torch.cat(scales).split(list(parts.values())), strict=True))
-
-    for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}."
-        qkv = {f"{prefix}self_attn.{n}_proj.weight": s for n, s in (("q", q_size), ("k", kv_size), ("v", kv_size))}
-        put(qkv, *((weights.last.q, weights.last.kv) if layer.qkv is None else (layer.qkv,)))
-        if layer.qkv_bias is not None:
-            for name, part in zip("qkv", layer.qkv_bias.split([q_size, kv_size, kv_size]), strict=True):
-                state[f"{prefix}self_attn.{name}_proj.bias"] = part
-        if layer.q_norm is not None and layer.k_norm is not None:
-            state[f"{prefix}self_attn.q_norm.weight"] = layer.q_norm
-            state[f"{prefix}self_attn.k_norm.weight"] = layer.k_norm
-        put({f"{prefix}self_attn.o_proj.weight": config.hidden_size}, layer.o)
-        put({f"{prefix}mlp.{name}_proj.weight": config.intermediate_size for name in ("gate", "up")}, layer.gate_up)
-        put({f"{prefix}mlp.down_proj.weight": config.hidden_size}, layer.down)
-        state[f"{prefix}input_layernorm.weight"] = layer.input_norm
-        state[f"{prefix}post_attention_layernorm.weight"] = layer.post_norm
-    return state
+    try:
+        value = json.loads(_read(path, _MOST_JSON).decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
-def quantised(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state in which weights have a `..._scale` fp32 `[out]`, those as int8 `[out, in]`.
+def _read(path: Path, most: int) -> bytes:
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+            raise ValueError(f"{path}: no regular file")
+        if found.st_size > most:
+            raise ValueError(f"{path}: {found.st_size} bytes, expected at most {most}")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent}: {path.name} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read: {error.strerror}") from error
 
-    What their grids can't hold is kept apart: `..._outlier` fp32 `[E]` at `..._outlier_index` int32 `[E, 2]`.
-    """
-    found = dict(state)
-    for name, tensor in state.items():
-        if f"{name}_scale" in state:
-            steps = (tensor / state[f"{name}_scale"][:, None]).round()
-            large = steps.abs() > _INT8_MAX
-            found[name] = steps.masked_fill(large, 0).to(torch.int8)
-            if large.any():
-                found[f"{name}_outlier"], found[f"{name}_outlier_index"] = tensor[large], large.nonzero().int()
-    return found
+
+def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any]) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_buffer(_read(path, _MOST_TOKENIZER))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and its panics are not even that
+        if isinstance(error, ValueError) and str(path.parent) in str(error):
+            raise
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{path}: token {tokenizer.id_to_token(largest)!r:.80} has id {largest}, but config.json has vocab_size "
+            f"{vocab_size}"
+        )
+    if getattr(tokenizer.model, "dropout", None):
+        raise ValueError(f"{path}: dropout is {tokenizer.model.dropout}: the same text would have other ids every time")
+    if tokenizer.num_special_tokens_to_add(False):
+        raise ValueError(f"{path}: post_processor adds tokens around every text, which no prompt here has")
+    added = tokenizer_config.get("added_tokens_decoder")
+    for number, token in (added.items() if isinstance(added, dict) else ()):
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or str(tokenizer.token_to_id(content)) != str(number):
+            own = tokenizer.token_to_id(content) if isinstance(content, str) else None
+            raise ValueError(
+                f"{path.with_name('tokenizer_config.json')}: added_tokens_decoder has {content!r:.80} as "
+                f"{number!s:.20}, tokenizer.json as {own}"
+            )
+    return tokenizer
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold the weights, and for several the file of each tensor; `model.safetensors` goes before an
+    index, as in Transformers."""
+    index, whole = folder / _INDEX, folder / _WEIGHTS
+    where = None
+    if index.exists():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise ValueError(f"{index}: weight_map is {where!r:.80}, expected an object of files by tensor")
+        for name, file in where.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index}: weight_map[{name!r:.80}] is {file!r:.80}, expected a safetensors file's name"
+                )
+    if whole.exists():
+        return [whole], None
+    if where is None:
+        raise ValueError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there")
+    paths = [folder / name for name in sorted(set(where.values()))]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{folder}: {path.name}, listed in {_INDEX}, is missing")
+    return paths, where
 
 
 class _Tensors:
@@ -200,23 +245,24 @@ class _Tensors:
     def __enter__(self) -> _Tensors:
         from safetensors import SafetensorError, safe_open
 
-        index = self._folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(_json(index)["weight_map"].values()))
-        elif (self._folder / "model.safetensors").is_file():
-            names = ["model.safetensors"]
-        else:
-            raise ValueError(f"{self._folder}: neither model.safetensors nor model.safetensors.index.json is there")
-        for name in names:
-            path = self._folder / name
-            if Path(name).name != name or not path.is_file():
-                raise ValueError(f"{self._folder}: {name}, listed in model.safetensors.index.json, is missing")
+        paths, where = _weight_files(self._folder)
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path}: no regular file")
             try:
                 opened = self._stack.enter_context(safe_open(str(path), framework="pt"))
-                self._files[str(path)] = opened
-                self._paths.update(dict.fromkeys(opened.keys(), str(path)))
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: damaged or incomplete: {error}") from error
+            self._files[str(path)] = opened
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                if name in self._paths:
+                    raise ValueError(f"{name} is in {Path(self._paths[name]).name} and in {path.name}")
+                if where is not None and where.get(name) != path.name:
+                    raise ValueError(f"{path}: holds {name}, which {_INDEX} has in {where.get(name)}")
+                self._paths[name] = str(path)
+        absent = sorted((where or {}).keys() - self._paths.keys())
+        if absent:
+            raise ValueError(f"{self._folder}: {absent[0]} is listed in {_INDEX}, but {where[absent[0]]} lacks it")  # type: ignore[index]
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -226,7 +272,11 @@ class _Tensors:
         return iter(self._paths)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[self._paths[name]].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """The stored type, as safetensors calls it."""
+        return str(self._slice(name).get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
         return self._files[self._paths[name]].get_tensor(name)
@@ -238,6 +288,39 @@ class _Tensors:
         with safe_open(self._paths[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
+    def _slice(self, name: str) -> Any:
+        return self._files[self._paths[name]].get_slice(name)
+
+
+def _expected(config: ModelConfig, p1: int, p: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Shapes by canonical name, and which of them are the decoder's linears: what may be stored quantised."""
+    hidden = config.hidden_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        _EMBEDDING: (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+        "projector.0.weight": (p1, hidden),
+        "projector.2.weight": (p, p1),
+    }
+    linears: set[str] = set()
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        attn = f"{prefix}self_attn."
+        own = {f"{attn}{x}_proj": (size, hidden) for x, size in (("q", q_size), ("k", kv_size), ("v", kv_size))}
+        if config.attention_bias:
+            shapes |= {f"{name}.bias": size[:1] for name, size in own.items()}
+        if config.output_bias:
+            shapes[f"{attn}o_proj.bias"] = (hidden,)
+        own[f"{attn}o_proj"] = (hidden, q_size)
+        own |= {f"{prefix}mlp.{x}_proj": (config.intermediate_size, hidden) for x in ("gate", "up")}
+        own[f"{prefix}mlp.down_proj"] = (hidden, config.intermediate_size)
+        linears |= {f"{name}.weight" for name in own}
+        shapes |= {f"{name}.weight": size for name, size in own.items()}
+        if config.qk_norm:
+            shapes |= {f"{attn}{x}_norm.weight": (config.head_dim,) for x in "qk"}
+        shapes |= {f"{prefix}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
+    return shapes, linears
+
 
 def _load(
     config: ModelConfig,
@@ -246,90 +329,51 @@ def _load(
     dtype: torch.dtype,
     prepare: Prepare | None,
 ) -> ModelWeights:
-    stored = {_canonical(name): name for name in tensors.names() if not _IGNORED.fullmatch(name)}
-    if not {"projector.0.weight", "projector.2.weight"} <= stored.keys():
-        raise ValueError(
-            "no projector: expected projector.0.weight and projector.2.weight (or linear1, linear2); "
-            "a plain decoder without one is no last-token reranker"
-        )
-    hidden, p1, p = config.hidden_size, *(tensors.shape(stored[f"projector.{i}.weight"])[0] for i in (0, 2))
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    expected: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-        "projector.0.weight": (p1, hidden),
-        "projector.2.weight": (p, p1),
-    }
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
-            expected[f"{prefix}self_attn.{name}_proj.weight"] = (size, hidden)
-            if config.attention_bias:
-                expected[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
-        if config.qk_norm:
-            expected[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
-            expected[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
-        expected[f"{prefix}self_attn.o_proj.weight"] = (hidden, q_size)
-        for name in ("gate", "up"):
-            expected[f"{prefix}mlp.{name}_proj.weight"] = (config.intermediate_size, hidden)
-        expected[f"{prefix}mlp.down_proj.weight"] = (hidden, config.intermediate_size)
-        expected[f"{prefix}input_layernorm.weight"] = (hidden,)
-        expected[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    stored = _account(config, tensors)
+    q_size = config.num_heads * config.head_dim
 
-    for name, shape in list(expected.items()):
-        if f"{name}_scale" in stored:  # quantised
-            expected[f"{name}_scale"] = shape[:1]
+    def plain(name: str) -> torch.Tensor:
+        """As stored, or what an int8 tensor stands for; checked to be finite."""
+        part = tensors.read(stored[name])
+        if part.dtype == torch.int8:
+            part = part.float() * tensors.read(stored[f"{name}_scale"])[:, None]
             if f"{name}_outlier" in stored:
-                expected[f"{name}_outlier"] = tensors.shape(stored[f"{name}_outlier"])[:1]
-                expected[f"{name}_outlier_index"] = (*expected[f"{name}_outlier"], 2)
-    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    if missing:
-        raise ValueError(f"{len(missing)} tensors are missing, the first: {', '.join(missing[:3])}")
-    if unknown:
-        raise ValueError(f"{len(unknown)} tensors are unknown, the first: {', '.join(unknown[:3])}")
-    for name, shape in expected.items():
-        if tensors.shape(stored[name]) != shape:
-            raise ValueError(f"{name} has shape {tensors.shape(stored[name])}, expected {shape} from config.json")
+                rows, columns = tensors.read(stored[f"{name}_outlier_index"]).long().T
+                if not ((rows >= 0) & (rows < len(part)) & (columns >= 0) & (columns < part.shape[1])).all():
+                    raise ValueError(f"{name}_outlier_index points outside of {tuple(part.shape)}")
+                part[rows, columns] = tensors.read(stored[f"{name}_outlier"])
+        if part.dtype == torch.float64:
+            part = part.float()  # nothing here computes in it
+        _check_finite(name, part)
+        return part
 
-    def stored_tensor(*names: str) -> torch.Tensor:
-        """One tensor, or several along the first dimension, as stored and checked to be finite."""
-        parts = []
-        for name in names:
-            part = tensors.read(stored[name])
-            if f"{name}_scale" in stored and part.dtype == torch.int8:
-                part = part.float() * tensors.read(stored[f"{name}_scale"])[:, None]
-                if f"{name}_outlier" in stored:
-                    rows, columns = tensors.read(stored[f"{name}_outlier_index"]).long().T
-                    if not ((rows >= 0) & (rows < len(part)) & (columns >= 0) & (columns < part.shape[1])).all():
-                        raise ValueError(f"{name}_outlier_index points outside of {tuple(part.shape)}")
-                    part[rows, columns] = tensors.read(stored[f"{name}_outlier"])
-            if not part.is_floating_point():
-                raise ValueError(f"{name} is stored as {part.dtype}, expected floating point")
-            # The sum shows any NaN or infinity in one pass; only then is it worth a second look.
-            if not torch.isfinite(part.sum(dtype=torch.float32)) and not torch.isfinite(part).all():
-                raise ValueError(f"{name} holds NaN or infinity")
-            parts.append(part.to(device))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def stacked(*names: str) -> torch.Tensor:
+        """One tensor, or several along the first dimension, in memory of its own: the file may be written to."""
+        parts = [plain(name).to(device) for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def converted(names: tuple[str, ...], tensor: torch.Tensor) -> torch.Tensor:
+        result = tensor.to(dtype, copy=True)
+        if dtype == torch.float16:
+            _check_finite(names[0], result, "in float16; use another dtype")
+        return result
 
     def read(*names: str) -> torch.Tensor:
-        return stored_tensor(*names).to(dtype, copy=True)  # a view would keep the whole file mapped
+        return converted(names, stacked(*names))
 
     def embedding() -> torch.Tensor:
-        name = "model.embed_tokens.weight"
-        table = stored_tensor(name)
-        if device.type != "cpu" or f"{name}_scale" in stored:
-            return table
-        return tensors.read_apart(stored[name])  # `table` is checked: all its pages, and its mapping, are in memory
+        table = plain(_EMBEDDING)
+        if device.type != "cpu" or tensors.kind(stored[_EMBEDDING]) == "F64":
+            return table.to(device)
+        return tensors.read_apart(stored[_EMBEDDING])  # `table` is checked: all its pages are in memory
 
     def linear(*names: str, outputs: slice = slice(None)) -> Weight:
         """Some outputs of a linear, or of several along the first dimension, as the backend wants them."""
-        weight, scales = stored_tensor(*names)[outputs], None
-        if all(f"{name}_scale" in stored for name in names):
+        weight, scales = stacked(*names)[outputs], None
+        if config.quantised:
             scales = torch.cat([tensors.read(stored[f"{name}_scale"]) for name in names])[outputs]
-            if not (scales > 0).all():
-                raise ValueError(f"{names[0]}_scale is not positive everywhere")
         kept = weight if prepare is None else prepare(weight, scales)
-        return kept.to(dtype) if isinstance(kept, torch.Tensor) else kept
+        return converted(names, kept) if isinstance(kept, torch.Tensor) else kept
 
     def qkv(index: int) -> tuple[str, ...]:
         return tuple(f"model.layers.{index}.self_attn.{x}_proj.weight" for x in "qkv")
@@ -345,6 +389,7 @@ def _load(
             q_norm=read(f"{attn}q_norm.weight") if config.qk_norm else None,
             k_norm=read(f"{attn}k_norm.weight") if config.qk_norm else None,
             o=linear(f"{attn}o_proj.weight"),
+            o_bias=read(f"{attn}o_proj.bias") if config.output_bias else None,
             post_norm=read(f"{prefix}post_attention_layernorm.weight"),
             gate_up=linear(f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"),
             down=linear(f"{prefix}mlp.down_proj.weight"),
@@ -362,6 +407,63 @@ def _load(
     )
 
 
+def _account(config: ModelConfig, tensors: _Tensors) -> dict[str, str]:
+    """Stored names by canonical name, after every tensor's name, shape and type has been found to be what is expected.
+
+    Raises:
+        ValueError: one isn't; the message names it.
+    """
+    stored: dict[str, str] = {}
+    for name in tensors.names():
+        if not _IGNORED.fullmatch(name):
+            if _canonical(name) in stored:
+                raise ValueError(f"{_canonical(name)} is there twice, as {stored[_canonical(name)]} and as {name}")
+            stored[_canonical(name)] = name
+    projector = [f"projector.{i}.weight" for i in (0, 2)]
+    if not set(projector) <= stored.keys():
+        raise ValueError(
+            "no projector: expected projector.0.weight and projector.2.weight (or linear1, linear2); "
+            "a plain decoder without one is no last-token reranker"
+        )
+    for name in projector:
+        shape = tensors.shape(stored[name])
+        if len(shape) != 2 or not all(shape):
+            raise ValueError(f"{name} has shape {shape}, expected a matrix [out, in]")
+    expected, linears = _expected(config, *(tensors.shape(stored[name])[0] for name in projector))
+    kinds = {name: ("I8",) if config.quantised and name in linears else _NUMBERS for name in expected}
+    if config.quantised:
+        for name in linears & stored.keys():
+            expected[f"{name}_scale"], kinds[f"{name}_scale"] = expected[name][:1], ("F32",)
+            if f"{name}_outlier" in stored:
+                count = tensors.shape(stored[f"{name}_outlier"])[:1]
+                expected[f"{name}_outlier"], kinds[f"{name}_outlier"] = count, ("F32",)
+                expected[f"{name}_outlier_index"], kinds[f"{name}_outlier_index"] = (*count, 2), ("I32",)
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, the first: {', '.join(missing[:3])}")
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors are unknown, the first: {', '.join(unknown[:3])}")
+    for name, shape in expected.items():
+        if tensors.shape(stored[name]) != shape:
+            raise ValueError(f"{name} has shape {tensors.shape(stored[name])}, expected {shape} from config.json")
+        if tensors.kind(stored[name]) not in kinds[name]:
+            hint = "" if config.quantised else ": quantised weights need a quantization_config that is known"
+            raise ValueError(
+                f"{name} is stored as {tensors.kind(stored[name])}, expected {' or '.join(kinds[name])}{hint}"
+            )
+    for name in linears if config.quantised else ():
+        scales = tensors.read(stored[f"{name}_scale"])
+        if not ((scales > 0) & scales.isfinite()).all():
+            raise ValueError(f"{name}_scale is not positive and finite everywhere")
+    return stored
+
+
+def _check_finite(name: str, tensor: torch.Tensor, where: str = "") -> None:
+    # The sum shows any NaN or infinity in one pass; only then is it worth a second look.
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinity {where}".rstrip())
+
+
 def _canonical(name: str) -> str:
     projector = _PROJECTOR.fullmatch(name)
     if projector:
@@ -369,15 +471,3 @@ def _canonical(name: str) -> str:
     if re.match(r"(layers|embed_tokens|norm)\.", name):
         return f"model.{name}"
     return name
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent}: {path.name} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from lastrerank import __version__
+from lastrerank.show import RANDOM_NOTICE, plain, report_lines, results_table, speed_table
 
 app = typer.Typer(
     help="Rerank documents with last-token listwise rerankers.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -19,25 +23,39 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Folder, bundled name or Hub id. Default: the embedded checkpoint.")
 ]
+RevisionOption = Annotated[str | None, typer.Option(help="Of a Hub id: branch, tag or commit.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, float8.")]
 BackendOption = Annotated[str, typer.Option(help="auto or the name of a backend (see doctor).")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Show tokens per document, blocks and timings.")]
 
-RANDOM_NOTICE = "The weights are random: the order means nothing."
+# What a command reports as one line: bad input, a file or the network that fails, a library that isn't there.
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lastrerank {__version__}")
+        raise typer.Exit()
 
 
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(name)s: %(message)s")
 
 
 def default_model() -> Path:
     """The embedded checkpoint."""
     from lastrerank.checkpoint import BUNDLED_MODELS
+    from lastrerank.reranker import BUNDLED
 
-    return BUNDLED_MODELS / "lastrerank-13m"
+    return BUNDLED_MODELS / BUNDLED
 
 
 @app.command()
@@ -45,20 +63,38 @@ def rerank(
     query: Annotated[str, typer.Argument(help="What is searched for.")],
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="A document a file; .jsonl files hold one a line (a string or an object with 'text')."),
+        typer.Argument(
+            help="A document a file; .jsonl and .ndjson hold one a line (a string or an object with 'text'), .json an "
+            "array, .csv and .tsv a table; a folder stands for its files, - for stdin; .gz is unpacked."
+        ),
     ] = None,
     model: ModelOption = "",
     top_n: Annotated[int | None, typer.Option(help="Results wanted.")] = None,
     instruction: Annotated[str | None, typer.Option(help="What else the ranking should follow.")] = None,
+    column: Annotated[str, typer.Option(help="Of tables: which column is the text.")] = "text",
+    max_doc_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: the model's cap.")] = None,
+    max_query_length: Annotated[int | None, typer.Option(help="Tokens of the query; default: the model's cap.")] = None,
+    orders: Annotated[int, typer.Option(help="Score the mean over this many orders of the list.")] = 1,
+    block_size: Annotated[int, typer.Option(help="Documents in one prompt.")] = 125,
     as_json: JsonOption = False,
     explain: ExplainOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
+    revision: RevisionOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Rank documents from files, or from stdin: one a line, as text or as JSON."""
-    documents, names = _read(files)
-    _run(query, documents, names, model, top_n, instruction, as_json, explain, device, dtype, backend)
+    from lastrerank.documents import read_documents
+
+    try:
+        documents, names = read_documents(files or [Path("-")], column)
+        options = {"top_n": top_n, "instruction": instruction, "max_doc_length": max_doc_length,
+                   "max_query_length": max_query_length, "orders": orders, "block_size": block_size}  # fmt: skip
+        loading = {"device": device, "dtype": dtype, "backend": backend, "revision": revision}
+        _run(query, documents, names, model, options, loading, as_json, explain, threads)
+    except _EXPECTED as error:
+        _fail(error)
 
 
 @app.command()
@@ -73,7 +109,11 @@ def demo(
     """Rank real help pages in several languages for a question, with the embedded checkpoint."""
     example = json.loads((Path(__file__).parent / "demo.json").read_text(encoding="utf-8"))
     names = [f"{d['language']} {d['page']}" for d in example["documents"]]
-    _run(example["query"], example["documents"], names, model, None, None, as_json, explain, device, dtype, backend)
+    loading = {"device": device, "dtype": dtype, "backend": backend}
+    try:
+        _run(example["query"], example["documents"], names, model, {}, loading, as_json, explain, None)
+    except _EXPECTED as error:
+        _fail(error)
 
 
 @app.command(name="eval")
@@ -109,8 +149,8 @@ def evaluate(
             loaded, datasets, output, split=split, query_folder=queries_from, run=run, top_k=top_k,
             orders=order or ["descending"], max_queries=max_queries, max_doc_length=max_doc_length, seed=seed,
         )  # fmt: skip
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        _fail(error)
+    except _EXPECTED as error:
+        _fail(error, "eval")
     if as_json:
         print(json.dumps(report))
     else:
@@ -135,17 +175,14 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train or fine-tune a checkpoint (full, or LoRA by the recipe's lora_rank) with the paper's objective."""
-    from lastrerank.training.run import train as run_training
-    from lastrerank.training.trainer import TrainingConfig
-
     try:
-        given = json.loads(recipe.read_text(encoding="utf-8")) if recipe else {}
-        if isinstance(given.get("temperature"), list):
-            given["temperature"] = tuple(given["temperature"])
-        config = TrainingConfig(**given)
+        from lastrerank.training.run import train as run_training
+        from lastrerank.training.trainer import TrainingConfig
+
+        config = TrainingConfig.from_file(recipe) if recipe else TrainingConfig()
         result = run_training(start, data, output, config, dev=dev or [], every=every, patience=patience, device=device)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        _fail(error)
+    except _EXPECTED as error:
+        _fail(error, "train")
     if as_json:
         print(json.dumps(result))
     else:
@@ -157,47 +194,121 @@ def serve(
     model: ModelOption = "",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any free one, which is logged.")] = 8000,
-    model_name: Annotated[str, typer.Option(help="What requests may call the model; default: the folder's name.")] = "",
-    max_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a pass; default: from the memory.")] = None,
-    max_queue_tokens: Annotated[int | None, typer.Option(help="Tokens that may wait; default: 32 passes.")] = None,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 32 * 2**20,
-    max_documents: Annotated[int, typer.Option(help="Documents of a request.")] = 2000,
+    uds: Annotated[str | None, typer.Option(help="A Unix socket's path, instead of host and port.")] = None,
+    model_name: Annotated[
+        list[str] | None, typer.Option(help="What else requests may call the model; several times.")
+    ] = None,
+    any_model: Annotated[bool, typer.Option(help="Requests may name any model.")] = False,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a pass; default: from the memory.")
+    ] = None,
+    max_queue_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that may wait; default: 32 passes.")
+    ] = None,
+    max_request_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a request; default: 16 times what may wait.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 32 * 2**20,
+    max_total_body: Annotated[int, typer.Option(min=1, help="Bytes of all requests in flight.")] = 128 * 2**20,
+    max_documents: Annotated[int, typer.Option(min=1, help="Documents of a request.")] = 2000,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections at once.")] = 1000,
     request_timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 300.0,
-    drain_timeout: Annotated[int, typer.Option(help="Seconds for requests in flight on SIGTERM.")] = 30,
+    keep_alive: Annotated[float, typer.Option(help="Seconds that an idle connection is kept.")] = 75.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds for requests in flight on SIGTERM.")] = 30.0,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin of web pages that may call (CORS); several times; * for all.")
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="Path under which a proxy shows the server.")] = "",
+    ssl_certfile: Annotated[str | None, typer.Option(help="Certificate, for HTTPS.")] = None,
+    ssl_keyfile: Annotated[str | None, typer.Option(help="Its key.")] = None,
     deterministic: Annotated[bool, typer.Option(help="Bitwise the same scores alone and in company.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
+    revision: RevisionOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: /v1/rerank, /score, /metrics, a page to try it at /. API key: LASTRERANK_API_KEY."""
-    from lastrerank import Reranker
-    from lastrerank.engine import Engine
-
-    try:
-        import uvicorn
-
-        from lastrerank.server import Limits, create_app
-    except ImportError as error:
-        _fail(RuntimeError(f"{error}: pip install 'lastrerank[serve]'"))
-    logging.getLogger("lastrerank").setLevel(logging.INFO)
     started = time.perf_counter()
     try:
+        from lastrerank.server import listen
+        from lastrerank.server.limits import Limits
+
+        for name, seconds in (("--keep-alive", keep_alive), ("--drain-timeout", drain_timeout)):
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ValueError(f"{name} is {seconds}, expected seconds, 0 or more")
+        limits = Limits(
+            max_body=max_body, max_total_body=max_total_body, max_documents=max_documents,
+            max_connections=max_connections, request_seconds=request_timeout,
+        )  # fmt: skip
+        if (ssl_certfile is None) != (ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile: expected both or none")
+        for file in (ssl_certfile, ssl_keyfile):
+            if file is not None and not Path(file).is_file():
+                raise ValueError(f"{file}: no such file")
+        bound = listen.bind(host, port, uds)  # before the model, so that a taken port shows at once
+        from lastrerank import Reranker
+        from lastrerank.engine import Engine
+        from lastrerank.server import create_app
+
+        _set_threads(threads)
         loaded = Reranker.from_pretrained(
-            model or default_model(), device=device, dtype=dtype, backend=backend, deterministic=deterministic
-        )
+            model or default_model(), device=device, dtype=dtype, backend=backend, deterministic=deterministic,
+            revision=revision,
+        )  # fmt: skip
         loaded.warmup()
-        engine = Engine(loaded, max_batch_tokens=max_batch_tokens, max_queue_tokens=max_queue_tokens)
-    except (ValueError, TypeError, RuntimeError) as error:
-        _fail(error)
-    name = model_name or loaded.checkpoint.folder.name
-    limits = Limits(max_body=max_body, max_documents=max_documents, request_seconds=request_timeout)
+        engine = Engine(
+            loaded, max_batch_tokens=max_batch_tokens, max_queue_tokens=max_queue_tokens,
+            max_request_tokens=max_request_tokens,
+        )  # fmt: skip
+    except _EXPECTED as error:
+        _fail(error, "serve")
+    names = [loaded.checkpoint.name, *(model_name or ())]
     application = create_app(
-        engine, model_name=name, api_key=os.environ.get("LASTRERANK_API_KEY") or None, limits=limits
-    )
-    print(f"lastrerank: {name} ready after {time.perf_counter() - started:.2f} s", file=sys.stderr, flush=True)
-    uvicorn.run(
-        application, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=drain_timeout
-    )
+        engine, model_name=[*(model_name or ())[:1], *names], any_model=any_model, limits=limits,
+        api_key=os.environ.get("LASTRERANK_API_KEY") or None, allow_origins=allow_origin or (),
+        drain_seconds=drain_timeout,
+    )  # fmt: skip
+    entry = {"message": "ready", "model": names, "address": listen.address(bound),
+             "seconds": round(time.perf_counter() - started, 2)}  # fmt: skip
+    print(json.dumps(entry), file=sys.stderr, flush=True)
+    listen.serve(
+        application, engine, bound, limits, drain_seconds=drain_timeout, keep_alive=keep_alive, root_path=root_path,
+        certificate=ssl_certfile, key=ssl_keyfile,
+    )  # fmt: skip
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder, bundled name or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; a checkpoint in it is replaced.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "int8",
+    revision: RevisionOption = None,
+) -> None:
+    """Write a checkpoint in another dtype: int8 is quantised, and refused by other programs."""
+    from lastrerank import Reranker
+
+    try:
+        backend = "native" if dtype == "int8" else "reference"
+        loaded = Reranker.from_pretrained(model, device="cpu", dtype=dtype, backend=backend, revision=revision)
+        loaded.save_pretrained(output)
+    except _EXPECTED as error:
+        _fail(error)
+    print(f"{output} holds {model} in {dtype}", file=sys.stderr)
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(help="Hub id.")],
+    revision: RevisionOption = None,
+) -> None:
+    """Fetch a checkpoint from the Hub, and print the folder that it is in; no code is fetched."""
+    from lastrerank.checkpoint import open_checkpoint
+
+    try:
+        print(open_checkpoint(model, revision).folder)
+    except _EXPECTED as error:
+        _fail(error)
 
 
 @app.command()
@@ -217,27 +328,14 @@ def bench(
         rows = measure(
             model or default_model(), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs
         )
-    except (ValueError, RuntimeError) as error:
+    except _EXPECTED as error:
         _fail(error)
     if as_json:
         print(json.dumps(rows))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{rows[0]['prompt_tokens']} prompt tokens on {rows[0]['device']}", title_justify="left")
-    for name in ("backend", "dtype"):
-        table.add_column(name)
-    for name in ("median ms", "quartiles", "tokens/s", "difference"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        seconds = row["seconds"]
-        table.add_row(
-            row["backend"], row["dtype"], f"{1e3 * seconds['median']:.1f}",
-            f"{1e3 * seconds['low']:.1f} to {1e3 * seconds['high']:.1f}", f"{row['tokens_per_s']:,.0f}",
-            f"{row['max_difference']:.1e}",
-        )  # fmt: skip
-    Console().print(table)
+    Console().print(speed_table(rows))
 
 
 @app.command()
@@ -253,12 +351,12 @@ def doctor(
         report = examine(device)
         if verify:
             report["verify"] = verify_checkpoint(verify, device)
-    except (ValueError, TypeError) as error:
+    except _EXPECTED as error:
         _fail(error)
     if as_json:
         print(json.dumps(report))
     else:
-        _print_report(report)
+        print("\n".join(report_lines(report)))
     bad = not report["self_check"]["ok"] or not report.get("verify", {}).get("ok", True)
     raise typer.Exit(1 if bad else 0)
 
@@ -268,33 +366,29 @@ def _run(
     documents: list[Any],
     names: list[str],
     model: str,
-    top_n: int | None,
-    instruction: str | None,
+    options: dict[str, Any],
+    loading: dict[str, Any],
     as_json: bool,
     explain: bool,
-    device: str,
-    dtype: str,
-    backend: str,
+    threads: int | None,
 ) -> None:
     from lastrerank import Reranker, RerankRequest
     from lastrerank.reranker import ranked
 
     started = time.perf_counter()
-    try:
-        loaded = Reranker.from_pretrained(model or default_model(), device=device, dtype=dtype, backend=backend)
-        load_seconds = time.perf_counter() - started
-        request = RerankRequest.of(RerankRequest(query, documents, top_n=top_n, instruction=instruction))
-        started = time.perf_counter()
-        encoded = loaded.encode(request)
-        tokenise_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        results = ranked(request, loaded.score_encoded([encoded])[0])
-        score_seconds = time.perf_counter() - started
-    except (ValueError, TypeError, RuntimeError) as error:
-        _fail(error)
+    request = RerankRequest.of(RerankRequest(query, documents, **options))
+    _set_threads(threads)
+    loaded = Reranker.from_pretrained(model or default_model(), **loading)
+    load_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    encoded = loaded.encode(request)
+    tokenise_seconds = time.perf_counter() - started
+    started = time.perf_counter()
+    results = ranked(request, loaded.score_encoded([encoded], documents=len(documents))[0])
+    score_seconds = time.perf_counter() - started
     random = bool((loaded.checkpoint.raw_config.get("lastrerank") or {}).get("random"))
     details = {
-        "model": loaded.checkpoint.folder.name, "random": random, "backend": loaded.backend, "dtype": loaded.dtype,
+        "model": loaded.checkpoint.name, "random": random, "backend": loaded.backend, "dtype": loaded.dtype,
         "device": str(loaded.device), "prompt_tokens": encoded.num_tokens, "query_cut": encoded.query_cut,
         "blocks": [len(block.doc_rows) for block in encoded.blocks],
         "load_ms": 1e3 * load_seconds, "tokenise_ms": 1e3 * tokenise_seconds, "score_ms": 1e3 * score_seconds,
@@ -302,6 +396,7 @@ def _run(
     if as_json:
         rows = [
             {"index": r["index"], "name": names[r["index"]], "relevance_score": r["relevance_score"],
+             "document": r["document"],
              **({"tokens": encoded.doc_tokens[r["index"]], "cut": encoded.cut[r["index"]]} if explain else {})}
             for r in results
         ]  # fmt: skip
@@ -310,92 +405,34 @@ def _run(
             print(RANDOM_NOTICE, file=sys.stderr)
         return
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console()
-    table = Table(title=Text(query), title_justify="left")
-    table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
+    console.print(results_table(query, results, names, encoded, explain))
     if explain:
-        table.add_column("tokens", justify="right")
-    table.add_column("document", overflow="fold")
-    for place, result in enumerate(results, 1):
-        index = result["index"]
-        text = result["document"] if isinstance(result["document"], str) else result["document"]["text"]
-        cells = [str(place), f"{result['relevance_score']:+.4f}"]
-        if explain:
-            cells.append(f"{encoded.doc_tokens[index]}{' (cut)' if encoded.cut[index] else ''}")
-        table.add_row(*cells, Text(f"[{names[index]}] {' '.join(text[:200].split())[:110]}"))
-    console.print(table)
-    if explain:
-        console.print(
+        console.print(plain(
             f"{details['prompt_tokens']} prompt tokens in {len(encoded.blocks)} block(s) {details['blocks']}; "
             f"model {details['model']}, {details['dtype']}, backend {details['backend']} on {details['device']}; "
             f"load {details['load_ms']:.0f} ms, tokenise {details['tokenise_ms']:.1f} ms, "
-            f"score {details['score_ms']:.1f} ms",
+            f"score {details['score_ms']:.1f} ms"),
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     if random:
         console.print(RANDOM_NOTICE, style="bold yellow")
 
 
-def _read(files: list[Path] | None) -> tuple[list[Any], list[str]]:
-    """Documents and a name for each."""
-    documents: list[Any] = []
-    names: list[str] = []
-    if not files:
-        if sys.stdin.isatty():
-            _fail(ValueError("no documents: name files, or pipe one document a line to stdin"))
-        _read_lines(sys.stdin.read(), "stdin", documents, names, json_only=False)
-    for file in files or []:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            _fail(ValueError(f"{file}: {error}"))
-        if file.suffix == ".jsonl":
-            _read_lines(text, str(file), documents, names, json_only=True)
-        else:
-            documents.append(text)
-            names.append(file.name)
-    return documents, names
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
-def _read_lines(text: str, source: str, documents: list[Any], names: list[str], json_only: bool) -> None:
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
-        if not line:
-            continue
-        value: Any = line
-        if json_only or line.startswith(("{", '"')):
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                if json_only:
-                    _fail(ValueError(f"{source}:{number}: not JSON: {error}"))
-        if not isinstance(value, (str, dict)):
-            _fail(ValueError(f"{source}:{number}: expected a string or an object with 'text', got {line[:60]!r}"))
-        documents.append(value)
-        names.append(f"{source}:{number}")
-
-
-def _print_report(report: dict[str, Any]) -> None:
-    for name, version in report["versions"].items():
-        print(f"{name:14} {version}")
-    print(f"{'device':14} {report['device']}")
-    for name, reason in report["backends"].items():
-        print(f"{'backend':14} {name}: {'available' if reason is None else reason}")
-    check = report["self_check"]
-    print(f"{'self-check':14} {'ok' if check['ok'] else 'FAILED'}: " + ", ".join(
-        f"{name} differs by {difference:.1e} from the reference" for name, difference in check["difference"].items()
-    ))  # fmt: skip
-    if "verify" in report:
-        result = report["verify"]
-        print(f"{'verify':14} {'ok' if result['ok'] else 'FAILED'}: {result['message']}")
-
-
-def _fail(error: Exception) -> Any:
-    print(f"lastrerank: {error}", file=sys.stderr)
+def _fail(error: Exception, extra: str = "") -> NoReturn:
+    """One line, and exit status 2."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, ImportError) and extra:
+        message += f": pip install 'lastrerank[{extra}]'"
+    print(plain(f"lastrerank: {message}"), file=sys.stderr)
     raise typer.Exit(2)
 
 

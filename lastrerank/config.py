@@ -1,11 +1,13 @@
 """What a checkpoint's `config.json` says, checked once and frozen.
 
 Source of the fields: the published configurations of jina-reranker-v3 and v3.5 (Qwen3 decoders), in the spellings
-of Transformers 4 (`rope_theta`, `torch_dtype`) and Transformers 5 (`rope_parameters`, `dtype`).
+of Transformers 4 (`rope_theta`, `torch_dtype`) and Transformers 5 (`rope_parameters`, `dtype`). What is absent is
+derived as Transformers derives it. Every field is read, known to change no number, or refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,41 @@ V35_CAPS = (1024, 8192)
 
 # Transformers writes this when a tokenizer has no limit of its own.
 _NO_LIMIT = 10**18
+# Sizes are indices of a 32-bit integer somewhere; a decoder of more layers than this does not exist.
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 4096
+
+# Fields that are read.
+_READ = frozenset({
+    "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+    "rope_parameters", "rope_scaling", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+    "attention_bias", "use_qk_norm", "quantization_config", "lastrerank", "dtype", "torch_dtype",
+})  # fmt: skip
+# Fields under which the computation is ours only if they have this value; null is as absent.
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu", "is_causal": True, "mlp_bias": False, "use_mrope": False, "partial_rotary_factor": 1.0,
+    "pruned_heads": {}, "add_cross_attention": False, "is_encoder_decoder": False, "pretraining_tp": 1,
+}  # fmt: skip
+# Fields that change no hidden state of one causal pass without dropout: names, training, generation, output heads.
+_HARMLESS = frozenset({
+    "transformers_version", "auto_map", "name_or_path", "_name_or_path", "tokenizer_class", "tie_word_embeddings",
+    "tie_encoder_decoder", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "cls_token_id", "mask_token_id", "decoder_start_token_id", "initializer_range", "attention_dropout",
+    "classifier_dropout", "output_hidden_states", "output_attentions", "_output_attentions", "return_dict",
+    "use_return_dict", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    "is_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "torchscript", "use_bfloat16",
+    "tf_legacy_loss", "gradient_checkpointing", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "_attn_implementation_internal", "_experts_implementation",
+    "_experts_implementation_internal", "_commit_hash", "keys_to_ignore_at_inference", "unsloth_version",
+    "unsloth_fixed", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix",
+})  # fmt: skip
+# What may stand in our own object: caps, the prompt, and that the weights are random.
+_OWN = frozenset({"max_query_length", "max_doc_length", "template", "random"})
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -23,7 +60,8 @@ class ModelConfig:
     """Shape of a last-token reranker. Nothing in the code assumes one size.
 
     `layer_windows[i]` is None for full causal attention in layer i, else the number of tokens a query sees,
-    itself included. `max_context` is in tokens.
+    itself included. attention_bias: q, k and v have one; output_bias: the output projection, too. quantised: the
+    linears are stored as this package's int8. `max_context` is in tokens.
     """
 
     vocab_size: int
@@ -37,12 +75,13 @@ class ModelConfig:
     rope_theta: float
     layer_windows: tuple[int | None, ...]
     attention_bias: bool
+    output_bias: bool
     qk_norm: bool
+    quantised: bool
     max_context: int
     max_query_length: int
     max_doc_length: int
     template: str
-    dtype: str
 
     @property
     def qkv_size(self) -> int:
@@ -50,7 +89,7 @@ class ModelConfig:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], model_max_length: int | None = None) -> ModelConfig:
+    def from_dict(cls, raw: Mapping[str, Any], model_max_length: object = None) -> ModelConfig:
         """Read a published configuration.
 
         Args:
@@ -58,105 +97,215 @@ class ModelConfig:
             model_max_length: tokens, from `tokenizer_config.json`; None or absurdly large means "not stated".
 
         Raises:
-            ValueError: a field is missing, malformed, or names something this package does not compute.
+            ValueError: a field is missing, malformed, unknown, or asks for something this package does not compute;
+                the message names it and its value.
         """
         model_type = raw.get("model_type")
         if model_type not in ("qwen3", "qwen2"):
-            raise ValueError(f"config.json: model_type is {model_type!r}, expected 'qwen3' or 'qwen2'")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act is {raw['hidden_act']!r}, expected 'silu'")
+            raise _bad("model_type", model_type, "'qwen3' or 'qwen2'")
+        own = raw.get("lastrerank")
+        own = {} if own is None else own
+        if not isinstance(own, Mapping):
+            raise _bad("lastrerank", own, "an object")
+        _check_known(raw, own)
 
-        hidden_size = _positive(raw, "hidden_size")
-        num_layers = _positive(raw, "num_hidden_layers")
-        num_heads = _positive(raw, "num_attention_heads")
-        num_kv_heads = _positive(raw, "num_key_value_heads", num_heads)
+        num_layers = _integer(raw, "num_hidden_layers", most=_MOST_LAYERS)
+        hidden_size, num_heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
+        # Absent and null differ in Transformers: absent is its class's default.
+        num_kv_heads = 32 if "num_key_value_heads" not in raw else _integer(raw, "num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
             )
-        head_dim = _positive(raw, "head_dim", hidden_size // num_heads)
+        if raw.get("head_dim") is None and model_type == "qwen2" and hidden_size % num_heads:
+            raise ValueError(
+                f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, "
+                "and head_dim isn't given"
+            )
+        head_dim = _integer(raw, "head_dim", 128 if model_type == "qwen3" else max(1, hidden_size // num_heads))
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim is {head_dim}, rotary embedding needs an even number")
 
-        positions = _positive(raw, "max_position_embeddings")
-        max_context = positions
-        if model_max_length is not None and 0 < model_max_length < _NO_LIMIT:
-            max_context = int(model_max_length)
+        max_context = _integer(raw, "max_position_embeddings")
+        limit = _context_limit(model_max_length)
+        max_context = max_context if limit is None else limit
 
-        own = raw.get("lastrerank") or {}
-        windowed = bool(raw.get("use_sliding_window"))
+        windowed = _boolean(raw, "use_sliding_window", False)
         default_caps = V35_CAPS if windowed else V3_CAPS
-        max_query_length = _positive(own, "max_query_length", default_caps[0])
-        max_doc_length = _positive(own, "max_doc_length", default_caps[1])
+        max_query_length = _integer(own, "max_query_length", default_caps[0], of="lastrerank.")
+        max_doc_length = _integer(own, "max_doc_length", default_caps[1], of="lastrerank.")
         for name, cap in (("max_query_length", max_query_length), ("max_doc_length", max_doc_length)):
             if cap > max_context // 4:
                 raise ValueError(
                     f"config.json: {name} {cap} is more than a quarter of the context ({max_context} tokens); "
                     f'a checkpoint with a small context declares its own caps: "lastrerank": {{"{name}": ...}}'
                 )
+        template = own.get("template", "transformers")
+        if not isinstance(template, str):
+            raise _bad("lastrerank.template", template, "a string")
+        _boolean(own, "random", False, of="lastrerank.")
 
+        # Qwen2 has a bias on q, k, v and never QK-norm, whatever its configuration says; Qwen3 has QK-norm, and a bias
+        # on all four projections or on none.
+        bias = _boolean(raw, "attention_bias", model_type == "qwen2")
+        if model_type == "qwen2" and not bias:
+            raise _bad("attention_bias", bias, "true: a Qwen2 decoder has biases")
+        qk_norm = _boolean(raw, "use_qk_norm", model_type == "qwen3")
+        if qk_norm != (model_type == "qwen3"):
+            raise _bad("use_qk_norm", qk_norm, f"{not qk_norm}: it is so in every {model_type} decoder")
         return cls(
-            vocab_size=_positive(raw, "vocab_size"),
+            vocab_size=_integer(raw, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_positive(raw, "intermediate_size"),
+            intermediate_size=_integer(raw, "intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 0.0, 1.0, 1e-6),
             rope_theta=_rope_theta(raw),
             layer_windows=_layer_windows(raw, num_layers, windowed),
-            # Qwen2 always has a bias on q, k, v and never QK-norm; Qwen3 the other way round unless it says so.
-            attention_bias=bool(raw.get("attention_bias", model_type == "qwen2")),
-            qk_norm=bool(raw.get("use_qk_norm", model_type == "qwen3")),
+            attention_bias=bias,
+            output_bias=bias and model_type == "qwen3",
+            qk_norm=qk_norm,
+            quantised=_quantised(raw),
             max_context=max_context,
             max_query_length=max_query_length,
             max_doc_length=max_doc_length,
-            template=str(own.get("template", "transformers")),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+            template=template,
         )
 
 
-def _positive(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = raw.get(name, default)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"config.json: {name} is {value!r}, expected a positive integer")
+# As `save_pretrained` marks int8 weights, so that no other program takes them for numbers: Transformers refuses a
+# configuration without `quant_method` (one that it doesn't know it skips, and loads the integers).
+QUANTIZATION = {"format": "lastrerank-int8"}
+
+
+def _bad(name: str, value: object, expected: str) -> ValueError:
+    return ValueError(f"config.json: {name} is {value!r:.80}, expected {expected}")
+
+
+def _check_known(raw: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for name, value in raw.items():
+        if name in _FIXED:
+            wanted = _FIXED[name]
+            absent = value is None and name != "is_causal"  # there, null is false to Transformers
+            if not absent and (value != wanted or isinstance(value, bool) != isinstance(wanted, bool)):
+                raise _bad(name, value, f"{wanted!r}: nothing else is computed here")
+        elif name not in _READ and name not in _HARMLESS and value is not None:
+            raise ValueError(
+                f"config.json: {name} is {value!r:.80}, a field that lastrerank doesn't know: it may change what the "
+                "model computes; remove it if it doesn't"
+            )
+    for name, value in own.items():
+        if name not in _OWN:
+            raise _bad(f"lastrerank.{name}", value, f"one of {sorted(_OWN)} as names in 'lastrerank'")
+    architectures = raw.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise _bad("architectures", architectures, "a list of names")
+    if any("Classification" in name for name in architectures or ()):
+        raise ValueError(
+            f"config.json: architectures is {architectures}, a classifier; expected a last-token reranker "
+            "(JinaForRanking: a Qwen3 decoder with a projector)"
+        )
+    for name in ("dtype", "torch_dtype"):
+        if raw.get(name) not in (None, "auto", *_DTYPES, *(f"torch.{dtype}" for dtype in _DTYPES)):
+            raise _bad(name, raw[name], f"one of {_DTYPES}")
+
+
+def _integer(raw: Mapping[str, Any], name: str, default: int | None = None, most: int = _LARGEST, of: str = "") -> int:
+    value = raw.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise _bad(of + name, value, f"a positive integer up to {most}")
     return value
 
 
+def _boolean(raw: Mapping[str, Any], name: str, default: bool, of: str = "") -> bool:
+    value = raw.get(name)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise _bad(of + name, value, "true or false")
+    return value
+
+
+def _number(raw: Mapping[str, Any], name: str, least: float, most: float, default: object = None) -> float:
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:  # NaN is neither
+        raise _bad(name, value, f"a number between {least:g} and {most:g}")
+    return float(value)
+
+
+def _context_limit(value: object) -> int | None:
+    """`model_max_length` of `tokenizer_config.json`, or None where it says nothing."""
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and not (
+        isinstance(value, float) and (math.isnan(value) or (math.isfinite(value) and value != int(value)))
+    )
+    if not number or value < 1:  # type: ignore[operator]
+        raise ValueError(
+            f"tokenizer_config.json: model_max_length is {value!r:.80}, expected a positive number of tokens"
+        )
+    return None if value >= _NO_LIMIT else min(int(value), _LARGEST)  # type: ignore[operator, call-overload]
+
+
 def _rope_theta(raw: Mapping[str, Any]) -> float:
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    for source in (rope, scaling):
+    for name in ("rope_parameters", "rope_scaling"):
+        source = raw.get(name)
+        if source is None:
+            continue
+        if not isinstance(source, Mapping):
+            raise _bad(name, source, "an object")
         kind = source.get("rope_type", source.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"config.json: rope scaling {kind!r} is not supported, only unscaled rotary embedding is")
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise ValueError(f"config.json: rope_theta is {theta!r}, expected a positive number")
-    return float(theta)
+            raise ValueError(
+                f"config.json: {name} asks for rope scaling {kind!r:.80}, which is not supported: only unscaled rotary "
+                "embedding is"
+            )
+        for key, value in source.items():
+            if key not in ("rope_type", "type", "rope_theta") and value is not None and (
+                key != "partial_rotary_factor" or value != 1.0 or isinstance(value, bool)
+            ):
+                raise _bad(f"{name}.{key}", value, "no such parameter of unscaled rotary embedding")
+    # Transformers reads rope_scaling in place of rope_parameters, and the number beside them where theirs is missing.
+    inner = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    name = "rope_theta"
+    return _number({name: inner.get(name, raw.get(name))}, name, 1.0, 1e18)
 
 
 def _layer_windows(raw: Mapping[str, Any], num_layers: int, windowed: bool) -> tuple[int | None, ...]:
-    """`layer_types` is read, never derived: the paper and the published configuration disagree on the pattern."""
+    """Read, not derived, where `layer_types` is there: the paper and the published configuration disagree on the
+    pattern. Files from before that field mean the layers from `max_window_layers` on, as Transformers derives it."""
     types = raw.get("layer_types")
-    if types is None or not windowed:
+    if types is not None:
+        if not isinstance(types, list) or len(types) != num_layers:
+            found = f"has {len(types)} entries" if isinstance(types, list) else f"is {types!r:.80}"
+            raise ValueError(f"config.json: layer_types {found} for {num_layers} layers")
+        for layer, kind in enumerate(types):
+            if kind not in ("full_attention", "sliding_attention"):
+                raise _bad(f"layer_types[{layer}]", kind, "'full_attention' or 'sliding_attention'")
+    first = raw.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise _bad("max_window_layers", first, "a number of layers")
+    window = raw.get("sliding_window", 4096 if types is None else None)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or not 0 < window <= _LARGEST):
+        raise _bad("sliding_window", window, f"a positive integer up to {_LARGEST}")
+    if not windowed or (types is None and window is None):
         return (None,) * num_layers
-    if len(types) != num_layers:
-        raise ValueError(f"config.json: layer_types has {len(types)} entries for {num_layers} layers")
-    window = raw.get("sliding_window")
-    windows: list[int | None] = []
-    for layer, kind in enumerate(types):
-        if kind == "full_attention":
-            windows.append(None)
-        elif kind == "sliding_attention":
-            if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
-                raise ValueError(f"config.json: sliding_window is {window!r}, but layer_types[{layer}] needs one")
-            windows.append(window)
-        else:
-            raise ValueError(
-                f"config.json: layer_types[{layer}] is {kind!r}, expected 'full_attention' or 'sliding_attention'"
-            )
-    return tuple(windows)
+    local = [kind == "sliding_attention" for kind in types] if types else [i >= first for i in range(num_layers)]
+    if window is None and any(local):
+        raise ValueError(f"config.json: sliding_window is None, but layer_types[{local.index(True)}] needs one")
+    return tuple(window if is_local else None for is_local in local)
+
+
+def _quantised(raw: Mapping[str, Any]) -> bool:
+    value = raw.get("quantization_config")
+    if value is not None and value != QUANTIZATION:
+        method = value.get("quant_method") if isinstance(value, Mapping) else value
+        raise ValueError(
+            f"config.json: quantization_config asks for {method!r:.80}, which is not supported; load the unquantised "
+            "checkpoint, with dtype='int8' or 'float8' if it is to be small"
+        )
+    return value is not None

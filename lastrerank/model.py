@@ -32,6 +32,7 @@ class LayerWeights:
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     o: Weight
+    o_bias: torch.Tensor | None
     post_norm: torch.Tensor
     gate_up: Weight
     down: Weight
@@ -65,8 +66,8 @@ class Model:
         self.config, self.weights, self.ops = config, weights, ops
         self._scale = config.head_dim**-0.5
         # On the CPU, as Transformers does it: a GPU's power function rounds differently.
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        self._frequencies = (1.0 / config.rope_theta**exponent).to(weights.norm.device)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
+        self.frequencies = (1.0 / config.rope_theta**exponent).to(weights.norm.device)
 
     def hidden_states(self, batch: PackedBatch, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
         """Residual stream `[R, D]` after the last layer at `batch.read_rows`, before the final norm.
@@ -160,7 +161,7 @@ class Model:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output projection, residual, norm, MLP. Returns (residual, what the MLP adds to it)."""
         ops = self.ops
-        projected = ops.linear(attended, layer.o)
+        projected = ops.linear(attended, layer.o, layer.o_bias)
         residual, normed = ops.add_rms_norm(residual, projected, layer.post_norm, self.config.rms_norm_eps)
         return residual, ops.linear(ops.swiglu(ops.linear(normed, layer.gate_up)), layer.down)
 
@@ -189,7 +190,7 @@ class Model:
 
     def _rope_table(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, fp32 `[length, d/2]`."""
-        angle = torch.arange(length, device=device).float()[:, None] * self._frequencies
+        angle = torch.arange(length, device=device).float()[:, None] * self.frequencies
         return angle.cos(), angle.sin()
 
 

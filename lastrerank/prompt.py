@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from lastrerank.texts import CutText, Steps, TextEncoder, run
 
 EMBED_TOKEN = "<|embed_token|>"
 RERANK_TOKEN = "<|rerank_token|>"
@@ -84,20 +84,6 @@ TEMPLATES = {template.name: template for template in (TRANSFORMERS, GGUF)}
 
 
 @dataclass(frozen=True)
-class CutText:
-    """A query or document as it goes into the prompt.
-
-    text: the caller's, or the decoded first `cap` tokens of it. ids: int32 `[n]`, its own ids. length: tokens of the
-    bare text, at most the cap: what the block rule counts. cut: whether tokens were left out.
-    """
-
-    text: str
-    ids: np.ndarray
-    length: int
-    cut: bool
-
-
-@dataclass(frozen=True)
 class EncodedBlock:
     """One prompt. ids: int32 `[T]`. doc_rows: int64 `[N]`, the marker after each document. query_row: the last row.
     early_query_row: the marker after the first query, in templates that have one (training reads it)."""
@@ -137,20 +123,16 @@ class PromptEncoder:
 
         self._plain = plain
         # What user text is encoded with; segments of the template hold no control token, so either serves them.
-        self._tokenizer = plain
+        self._texts = TextEncoder(plain, cache_bytes=cache_bytes)
         if template.control_tokens_in_text:
             raw = json.loads(tokenizer.to_str())
             raw["truncation"] = raw["padding"] = None
-            self._tokenizer = Tokenizer.from_str(json.dumps(raw))
+            self._texts = TextEncoder(Tokenizer.from_str(json.dumps(raw)), self.control_ids, cache_bytes)
         self._split_controls = re.compile(
             "(" + "|".join(re.escape(c) for c in sorted(self.control_ids, key=len, reverse=True)) + ")"
         )
         self._pieces = lru_cache(maxsize=4096)(self._encode_piece)
         self._boundary = lru_cache(maxsize=65536)(self._is_boundary)
-        self._cache: OrderedDict[tuple[str, int], CutText] = OrderedDict()
-        self._cache_bytes, self._cache_limit = 0, cache_bytes
-        self._lock = Lock()
-
         for part in (template.opening, template.instruction, template.passage, template.separator, template.closing):
             for token in re.findall(r"<\|[^|<>]+\|>", part):
                 if token not in self.control_ids:
@@ -159,83 +141,27 @@ class PromptEncoder:
     # Texts
 
     def cut(self, texts: Sequence[str], cap: int) -> list[CutText]:
-        """Tokenise texts and cut each to its first `cap` tokens; one parallel batch, cached.
+        """Tokenise texts and cut each to its first `cap` tokens; see `lastrerank.texts`."""
+        return run(self.cut_by_slices(texts, cap))
 
-        A text of more than `cap` tokens becomes the decoded text of its first `cap`, as the published code does.
-        """
+    def cut_by_slices(self, texts: Sequence[str], cap: int) -> Steps[list[CutText]]:
+        """The same as a generator that yields after each slice of the work."""
         if self.template.control_tokens_in_text:
-            texts = [text.replace(EMBED_TOKEN, "").replace(RERANK_TOKEN, "") for text in texts]
-        found: dict[str, CutText] = {}
-        with self._lock:
-            for text in texts:
-                entry = self._cache.get((text, cap))
-                if entry is not None:
-                    self._cache.move_to_end((text, cap))
-                    found[text] = entry
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        # A token is at least one byte but may be long: only texts far beyond the cap are worth a careful short cut.
-        ids = {text: self._leading_ids(text, cap) for text in missing if len(text) > 16 * cap + 64}
-        ids.update(self._encode_all(text for text in missing if text not in ids))
-        kept = {text: self._tokenizer.decode(ids[text][:cap], skip_special_tokens=False) for text in missing
-                if len(ids[text]) > cap}
-        kept_ids = self._encode_all(dict.fromkeys(kept.values()))
-        for text in missing:
-            if text in kept:
-                entry = CutText(kept[text], np.asarray(kept_ids[kept[text]], np.int32), cap, True)
-            else:
-                entry = CutText(text, np.asarray(ids[text], np.int32), len(ids[text]), False)
-            found[text] = entry
-            self._remember((text, cap), entry)
-        return [found[text] for text in texts]
-
-    def _encode_all(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        ordered = list(texts)
-        if not ordered:
-            return {}
-        encodings = self._tokenizer.encode_batch_fast(ordered, add_special_tokens=False)
-        return {text: encoding.ids for text, encoding in zip(ordered, encodings, strict=True)}
-
-    def _leading_ids(self, text: str, cap: int) -> list[int]:
-        """At least `cap + 1` leading ids of a very long text, or all of them, without encoding all of it.
-
-        Cutting the text may change the pre-tokens next to the cut, so the last two are not trusted.
-        """
-        chars = 16 * cap + 64
-        while chars < len(text):
-            # As a batch of one: `encode` would hold the interpreter's lock all the while.
-            encoding = self._tokenizer.encode_batch([text[:chars]], add_special_tokens=False)[0]
-            words = encoding.word_ids
-            if words and words[-1] is not None:
-                trusted = sum(word is not None and word < words[-1] - 1 for word in words)
-                if trusted > cap:
-                    return encoding.ids[:trusted]
-            chars *= 4
-        return self._encode_all([text])[text]
-
-    def _remember(self, key: tuple[str, int], entry: CutText) -> None:
-        def size(item: tuple[str, int], value: CutText) -> int:
-            return 4 * len(item[0]) + value.ids.nbytes + 256
-
-        with self._lock:
-            if key in self._cache or size(key, entry) > self._cache_limit // 4:
-                return
-            self._cache[key] = entry
-            self._cache_bytes += size(key, entry)
-            while self._cache_bytes > self._cache_limit:
-                self._cache_bytes -= size(*self._cache.popitem(last=False))
+            texts = [_without_markers(text) for text in texts]
+        return (yield from self._texts.cut_by_slices(texts, cap))
 
     # Blocks
 
     def encode_block(
         self, query: CutText, documents: Sequence[CutText], instruction: str | None = None
     ) -> EncodedBlock:
-        """One prompt over `documents` (at least one), ids identical to encoding it as one string."""
+        """One prompt over `documents` (at least one), ids identical to encoding it as one string. An empty instruction
+        is none."""
         template = self.template
         values = {"{count}": str(len(documents)), "{query}": query.text}
-        if instruction is not None:
-            values["{instruction}"] = instruction
-            if template.control_tokens_in_text:
-                values["{instruction}"] = instruction.replace(EMBED_TOKEN, "").replace(RERANK_TOKEN, "")
+        if instruction:
+            plain = not template.control_tokens_in_text
+            values["{instruction}"] = instruction if plain else _without_markers(instruction)
         chunks: list[np.ndarray] = []
         doc_rows = np.empty(len(documents), np.int64)
         pending = ""  # text since the last control token, placeholders filled
@@ -262,7 +188,7 @@ class PromptEncoder:
                     pending += _substitute(piece, values)
 
         fill(template.opening)
-        if instruction is not None:
+        if instruction:
             fill(template.instruction)
         before, after = template.passage.split("{document}" + EMBED_TOKEN)
         for index, document in enumerate(documents):
@@ -284,7 +210,7 @@ class PromptEncoder:
         return EncodedBlock(np.concatenate(chunks), doc_rows, query_rows[-1], early)
 
     def _encode_piece(self, text: str) -> np.ndarray:
-        return np.asarray(self._encode_all([text])[text], np.int32)
+        return np.asarray(self._texts.encode([text])[text], np.int32)
 
     def _piece(self, text: str) -> np.ndarray:
         """Ids of what stands between texts; remembered, unless a caller's long text is in it."""
@@ -304,6 +230,11 @@ class PromptEncoder:
         pieces = pre_tokenizer.pre_tokenize_str(tail + head)
         cut = sum(span[0] < len(tail) for _, span in pieces)
         return [p for p, _ in pieces[cut:]] == [p for p, _ in pre_tokenizer.pre_tokenize_str(head)]
+
+
+def _without_markers(text: str) -> str:
+    """As the published code cleans text: in one pass, which a marker within a marker survives."""
+    return text.replace(EMBED_TOKEN, "").replace(RERANK_TOKEN, "")
 
 
 def _head(text: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
-from lastrerank import checkpoint as checkpoints
+from lastrerank import saving
 from lastrerank.prompt import EMBED_TOKEN, RERANK_TOKEN, TRANSFORMERS
 
 _V3 = {
@@ -116,12 +116,15 @@ def write_random_checkpoint(
             state[f"{attn}q_norm.weight"] = normal(head_dim, std=0.2, mean=1.5)
             state[f"{attn}k_norm.weight"] = normal(head_dim, std=0.2, mean=1.5)
         state[f"{attn}o_proj.weight"] = normal(hidden, q_size, std=q_size**-0.5)
+        if raw.get("attention_bias") and raw["model_type"] == "qwen3":
+            state[f"{attn}o_proj.bias"] = normal(hidden, std=0.5)
         state[f"{prefix}mlp.gate_proj.weight"] = normal(inner, hidden, std=hidden**-0.5)
         state[f"{prefix}mlp.up_proj.weight"] = normal(inner, hidden, std=hidden**-0.5)
         state[f"{prefix}mlp.down_proj.weight"] = normal(hidden, inner, std=inner**-0.5)
         state[f"{prefix}input_layernorm.weight"] = normal(hidden, std=0.1, mean=1.0)
         state[f"{prefix}post_attention_layernorm.weight"] = normal(hidden, std=0.1, mean=1.0)
-    checkpoints.save(folder, raw, tokenizer, raw["max_position_embeddings"], state)
+    limits = {"model_max_length": raw["max_position_embeddings"], "tokenizer_class": "PreTrainedTokenizerFast"}
+    saving.save(folder, raw, tokenizer, limits, state)
     return Path(folder)
 
 

@@ -16,7 +16,8 @@ Document = str | Mapping[str, Any]
 class RerankRequest:
     """A query and its documents.
 
-    documents: strings, or mappings with a `text`. top_n: results wanted, None for all. Lengths are in tokens, None
+    documents: strings, or mappings with a `text`, in a sequence, an array or a column of one. An empty instruction is
+    none. top_n: results wanted, None for all. Lengths are in tokens, None
     for the checkpoint's caps; a longer text is cut. block_size: documents in one prompt. orders: the mean over this
     many seeded orders of the list is scored, at `orders` times the cost; 1 scores the list as given.
     """
@@ -30,6 +31,14 @@ class RerankRequest:
     instruction: str | None = None
     block_size: int = BLOCK_SIZE
     orders: int = 1
+
+    def __post_init__(self) -> None:
+        if self.instruction == "":
+            object.__setattr__(self, "instruction", None)
+        # Arrays and columns: iterated by index, which in a column is a label.
+        tolist = getattr(self.documents, "tolist", None)
+        if not isinstance(self.documents, Sequence) and callable(tolist) and isinstance(listed := tolist(), list):
+            object.__setattr__(self, "documents", listed)
 
     @classmethod
     def of(cls, value: RerankRequest | Mapping[str, Any], name: str = "request") -> RerankRequest:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from lastrerank import checkpoint as checkpoints
-from lastrerank import ops
-from lastrerank.checkpoint import Checkpoint
+from lastrerank import ops, saving
+from lastrerank.checkpoint import Checkpoint, open_checkpoint
 from lastrerank.graphs import GraphedModel
+from lastrerank.isolation import isolated
+from lastrerank.kept import digest
 from lastrerank.model import Model
 from lastrerank.packing import pack, readout
 from lastrerank.progress import Progress
-from lastrerank.prompt import TEMPLATES, CutText, EncodedBlock, PromptEncoder, PromptTemplate
+from lastrerank.prompt import TEMPLATES, EncodedBlock, PromptEncoder, PromptTemplate
 from lastrerank.request import BLOCK_SIZE, Document, RerankRequest
+from lastrerank.texts import CutText, Steps, run
+
+# The checkpoint in the package.
+BUNDLED = "lastrerank-13m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
           "float8": torch.float8_e4m3fn}  # fmt: skip
@@ -77,19 +82,22 @@ class Reranker:
         backend: str,
         dtype: str,
         deterministic: bool,
+        made_by: Mapping[str, Any] | None = None,
     ) -> None:
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.model, self.encoder = model, encoder
         self.device, self.backend, self.dtype, self.deterministic = device, backend, dtype, deterministic
+        self._made_by = made_by
+        self._digest: str | None = None
         self._graphs: GraphedModel | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path: str | os.PathLike[str],
+        id_or_path: str | os.PathLike[str] = BUNDLED,
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         backend: str = "auto",
         template: str | PromptTemplate = "auto",
         deterministic: bool = False,
@@ -98,7 +106,7 @@ class Reranker:
         """Load a checkpoint from a folder, from those in the package, or from the Hub (no remote code is run).
 
         Args:
-            id_or_path: folder, bundled name or Hub id.
+            id_or_path: folder, bundled name or Hub id; default: the small checkpoint in the package.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
             dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or quantised linears,
                 whose scores differ: "int8" (native backend), "float8" (Triton backend, Ada or newer).
@@ -111,7 +119,10 @@ class Reranker:
             ValueError: an argument, or the checkpoint, is not usable; the message names what and why.
             RuntimeError: a backend asked for by name can't serve here.
         """
-        target = resolve_device(device)
+        made_by = {"id_or_path": id_or_path, "device": device, "dtype": dtype, "backend": backend,
+                   "template": template, "deterministic": deterministic, "revision": revision}  # fmt: skip
+        target = resolve_device(str(device))
+        dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
         if dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
         if backend != "auto" and backend not in ops.BACKENDS:
@@ -120,7 +131,7 @@ class Reranker:
             raise ValueError(f"template is {template!r}, expected 'auto', one of {list(TEMPLATES)} or a PromptTemplate")
         if dtype == "auto":
             dtype = "float32" if target.type == "cpu" else "bfloat16"
-        source = checkpoints.open_checkpoint(id_or_path, revision)
+        source = open_checkpoint(id_or_path, revision)
         if template == "auto":
             template = source.config.template
         if isinstance(template, str):
@@ -133,8 +144,36 @@ class Reranker:
         weights = source.weights(target, compute_dtype, operations.prepare)
         return cls(
             source, Model(source.config, weights, operations), encoder,
-            device=target, backend=name, dtype=dtype, deterministic=deterministic,
+            device=target, backend=name, dtype=dtype, deterministic=deterministic, made_by=made_by,
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return (
+            f"Reranker({self.checkpoint.name!r}, device={str(self.device)!r}, dtype={self.dtype!r}, "
+            f"backend={self.backend!r})"
+        )
+
+    def __reduce__(self) -> Any:
+        """Another process loads the same checkpoint, and refuses one that has changed."""
+        if self._made_by is None:
+            raise TypeError("this Reranker was not made by from_pretrained, so another process couldn't load it")
+        return _load_again, (dict(self._made_by), self.identity()["digest"])
+
+    def __deepcopy__(self, memo: Any) -> Reranker:
+        """Nothing in it is ever changed by who holds it."""
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a score with these weights what it is, for whoever keeps results: the model's name, a SHA-256 of
+        configuration, tokenizer, weights and prompt, dtype and backend. Reads the files once more.
+
+        Raises:
+            ValueError: a file has changed since it was loaded.
+        """
+        if self._digest is None:
+            template = {name: value for name, value in vars(self.encoder.template).items() if name != "name"}
+            self._digest = digest(self.checkpoint.digest(), template)
+        return {"model": self.checkpoint.name, "digest": self._digest, "dtype": self.dtype, "backend": self.backend}
 
     # What people call
 
@@ -191,28 +230,58 @@ class Reranker:
         for i, request in enumerate(checked):
             self.check_caps(request, "" if single else f"requests[{i}].")
         scored = self.score_encoded(
-            (self.encode(request) for request in checked), max_batch_tokens=max_batch_tokens, progress=progress
-        )
+            (self.encode(request) for request in checked), max_batch_tokens=max_batch_tokens, progress=progress,
+            documents=sum(len(request.documents) * request.orders for request in checked),
+        )  # fmt: skip
         return [ranked(request, result) for request, result in zip(checked, scored, strict=True)]
 
     def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        **options: Any,
     ) -> list[dict[str, Any]]:
-        """As sentence-transformers' `CrossEncoder.rank`: `[{corpus_id, score, text?}]`, best first."""
-        results = self.rerank(query, documents, top_n=top_k)
+        """As sentence-transformers' `CrossEncoder.rank`: `[{corpus_id, score, text?}]`, best first.
+
+        batch_size has no effect: passes are packed by tokens. Of its other options those are refused that would change
+        a score.
+        """
+        _check_cross_encoder_options(options)
+        results = self.rerank(query, documents, top_n=top_k, progress=show_progress_bar)
         return [
             {"corpus_id": result["index"], "score": result["relevance_score"]}
             | ({"text": _text(result["document"])} if return_documents else {})
             for result in results
         ]
 
-    def predict(self, pairs: Sequence[Sequence[str]]) -> np.ndarray:
-        """As `CrossEncoder.predict`: fp32 score of each (query, document) pair, in the caller's order.
+    def predict(
+        self,
+        pairs: Sequence[Sequence[str]],
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        *,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As `CrossEncoder.predict`: fp32 score of each (query, document) pair, in the caller's order: an array, with
+        convert_to_tensor a tensor, with neither a list of tensors, for a single pair one number.
 
         Pairs of one query are scored as one list, in their order: a listwise score depends on its company.
+        batch_size has no effect: passes are packed by tokens. Of its other options those are refused that would change
+        a score.
         """
+        _check_cross_encoder_options(options)
+        if hasattr(pairs, "tolist"):
+            pairs = pairs.tolist()
         if isinstance(pairs, str) or not isinstance(pairs, Sequence):
             raise TypeError(f"pairs is a {type(pairs).__name__}, expected a list of (query, document) pairs")
+        single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+        pairs = [pairs] if single else pairs  # type: ignore[list-item]
         groups: dict[str, list[int]] = {}
         for position, pair in enumerate(pairs):
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
@@ -222,10 +291,15 @@ class Reranker:
             groups.setdefault(pair[0], []).append(position)
         requests = [RerankRequest(query, [pairs[i][1] for i in members]) for query, members in groups.items()]
         scores = np.empty(len(pairs), np.float32)
-        for members, results in zip(groups.values(), self.rerank_many(requests), strict=True):
+        for members, results in zip(
+            groups.values(), self.rerank_many(requests, progress=show_progress_bar), strict=True
+        ):
             for result in results:
                 scores[members[result["index"]]] = result["relevance_score"]
-        return scores
+        if convert_to_tensor or not convert_to_numpy:
+            tensor = torch.from_numpy(scores)
+            return tensor[0] if single else tensor if convert_to_tensor else list(tensor)
+        return scores[0] if single else scores
 
     def warmup(self) -> None:
         """Do now what the first requests would wait for; call it once, before serving.
@@ -236,39 +310,52 @@ class Reranker:
         """
         self.rerank("warm up", ["a short document", "another one"], progress=False)
         if self.backend in CAPTURABLE and self._graphs is None:
-            with current_device(self.device):
+            with isolated(self.device):
                 self._graphs = GraphedModel(self.model, self.device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write this model in the published format, weights in its dtype.
+        """Write this model in the published format, weights in its dtype, in place of the checkpoint that `folder`
+        holds, in one step (see `lastrerank.saving`); Python files that the checkpoint names are copied, not run.
 
         int8: the linears as int8 with a scale for each output (`..._proj.weight_scale`), half the size of 16 bit, and
-        the outliers of each (`..._proj.weight_outlier`, `..._outlier_index`).
-        Loaded with dtype "int8" it gives the same scores; with another, those of the quantised weights.
+        the outliers of each (`..._proj.weight_outlier`, `..._outlier_index`). Other programs refuse it by its
+        `quantization_config`. Loaded with dtype "int8" it gives the same scores; with another, those of the quantised
+        weights.
 
         Raises:
             ValueError: the weights are quantised in a way that isn't saved (float8).
+            OSError: it can't be written; the folder is as it was.
         """
-        raw = {**self.checkpoint.raw_config, "dtype": self.dtype, "torch_dtype": self.dtype}
-        state = checkpoints.state_dict(self.config, self.model.weights)
+        self.checkpoint.check_mapped()
+        source = self.checkpoint
+        dtype = "float32" if self.dtype == "int8" else self.dtype
+        raw = {**source.raw_config, "dtype": dtype, "torch_dtype": dtype, "quantization_config": None}
+        state = saving.state_dict(self.config, self.model.weights)
         if self.dtype == "int8":
-            raw |= {"dtype": "float32", "torch_dtype": "float32"}
-            raw["lastrerank"] = {**(raw.get("lastrerank") or {}), "quantization": "int8"}
-            state = checkpoints.quantised(state)
+            raw, state = saving.quantised(raw, state)
         else:
             state = {name: tensor.to(DTYPES[self.dtype]) for name, tensor in state.items()}
-        checkpoints.save(folder, raw, self.checkpoint.tokenizer, self.config.max_context, state)
+        limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.max_context}
+        saving.save(
+            folder, {name: value for name, value in raw.items() if name != "quantization_config" or value},
+            source.tokenizer, limits | dict(source.tokenizer_config), state, python_files=source.folder,
+            hub_id=source.name if "/" in source.name else None,
+        )  # fmt: skip
 
     # What an engine calls
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
         """Tokenise a checked request and lay its documents out in blocks. Thread-safe, touches no device."""
+        return run(self.encode_by_slices(request))
+
+    def encode_by_slices(self, request: RerankRequest) -> Steps[EncodedRequest]:
+        """The same as a generator that yields after each slice of the work."""
         query_cap, doc_cap = self.check_caps(request)
         query = self.encoder.cut([request.query], query_cap)[0]
         most = self.config.max_query_length
-        if request.instruction is not None and self.encoder.cut([request.instruction], most)[0].cut:
+        if request.instruction and self.encoder.cut([request.instruction], most)[0].cut:
             raise ValueError(f"instruction has more than {most} tokens, what this checkpoint's queries may have")
-        documents = self.encoder.cut(request.texts, doc_cap)
+        documents = yield from self.encoder.cut_by_slices(request.texts, doc_cap)
         capacity = self.config.max_context - 2 * query.length
         blocks: list[EncodedBlock] = []
         block_documents: list[np.ndarray] = []
@@ -281,20 +368,23 @@ class Reranker:
                 )
                 block_documents.append(indices)
                 block_orders.append(order)
+                yield
         return EncodedRequest(
             request, tuple(blocks), tuple(block_documents), tuple(block_orders),
             tuple(document.length for document in documents), tuple(document.cut for document in documents), query.cut,
         )  # fmt: skip
 
-    @torch.inference_mode()
     def score_encoded(
         self,
         requests: Iterable[EncodedRequest],
         *,
         max_batch_tokens: int | None = None,
         progress: bool | None = None,
+        documents: int = 0,
     ) -> list[Scored]:
         """Score encoded requests in packed passes. Requests are drawn as passes need them, results kept in order.
+
+        documents: of all requests, for progress.
 
         Raises:
             RuntimeError: a score is not finite (the dtype overflowed); nothing is returned then.
@@ -306,10 +396,10 @@ class Reranker:
         unfinished: dict[int, EncodedRequest] = {}
         hidden: dict[int, list[torch.Tensor]] = {}  # read rows, a block each, of unfinished requests
 
-        with Progress("reranking", "token layers", progress) as bar:
+        with Progress("reranking", "documents", progress, documents) as bar:
             for group in _passes(_blocks_of(requests, unfinished), 1 if self.deterministic else budget):
-                bar.add_total(sum(len(block.ids) for _, block in group) * self.config.num_layers)
-                parts = self.read_rows([block for _, block in group], on_layer=bar.advance)
+                layer_share = sum(len(block.doc_rows) for _, block in group) / self.config.num_layers
+                parts = self.read_rows([block for _, block in group], on_layer=partial(_advance, bar, layer_share))
                 for (number, _), part in zip(group, parts, strict=True):
                     hidden.setdefault(number, []).append(part)
                 done = [n for n, r in unfinished.items() if r.blocks and len(hidden.get(n, ())) == len(r.blocks)]
@@ -322,24 +412,29 @@ class Reranker:
             results[number] = Scored(np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
         return [results[number] for number in sorted(results)]
 
-    @torch.inference_mode()
     def read_rows(
         self, blocks: Sequence[EncodedBlock], on_layer: Callable[[int], None] | None = None
     ) -> list[torch.Tensor]:
         """One packed pass: of each block the residual stream `[N + 1, D]` at its N documents' rows and its query's.
 
-        on_layer: as `Model.hidden_states`, for progress. A captured CUDA graph is replayed where one holds the pass.
+        on_layer: as `Model.hidden_states`, for progress, and to stop by an exception. A captured CUDA graph is replayed
+        where one holds the pass.
+
+        Raises:
+            RuntimeError: the weights' file was written to while it is in use.
         """
-        with current_device(self.device):
+        if self.device.type == "cpu":
+            self.checkpoint.check_mapped()
+        with isolated(self.device):
             batch = pack(blocks, self.device)
             rows = None if self._graphs is None else self._graphs.hidden_states(batch)
             if rows is None:
                 rows = self.model.hidden_states(batch, on_layer=on_layer)
             elif on_layer is not None:
-                on_layer(batch.num_tokens * self.config.num_layers)
-        return list(rows.split([len(block.doc_rows) + 1 for block in blocks]))
+                for _ in range(self.config.num_layers):
+                    on_layer(batch.num_tokens)
+            return list(rows.split([len(block.doc_rows) + 1 for block in blocks]))
 
-    @torch.inference_mode()
     def score_read_rows(self, requests: Sequence[EncodedRequest], hidden: Sequence[torch.Tensor]) -> list[Scored]:
         """Readout of complete requests from the read rows of all their blocks, in order; one copy to the host.
 
@@ -352,14 +447,14 @@ class Reranker:
         # Every order of a request is fused apart, as if it were a request of its own.
         keys = [(n, order) for n, request in enumerate(requests) for order in request.block_orders]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        with current_device(self.device):
+        with isolated(self.device):
             where = readout(counts, [numbers[key] for key in keys], self.device)
             vectors, _, scores = self.model.score(torch.cat(list(hidden)), where)
-        host_scores = scores.float().cpu().numpy()
+            host_scores = scores.float().cpu().numpy()
+            wants_vectors = any(request.request.return_embeddings for request in requests)
+            host_vectors = vectors.float().cpu().numpy() if wants_vectors else np.zeros((len(scores), 0), np.float32)
         if not np.isfinite(host_scores).all():
             raise RuntimeError(f"scores are not finite: {self.dtype} overflowed in this model; use another dtype")
-        wants_vectors = any(request.request.return_embeddings for request in requests)
-        host_vectors = vectors.float().cpu().numpy() if wants_vectors else np.zeros((len(host_scores), 0), np.float32)
 
         results, row = [], 0
         for request in requests:
@@ -385,6 +480,11 @@ class Reranker:
         return query_cap, doc_cap
 
 
+def _advance(bar: Progress, documents: float, tokens: int) -> None:
+    """A layer is done."""
+    bar.advance(documents)
+
+
 def ranked(request: RerankRequest, scored: Scored) -> list[dict[str, Any]]:
     """The results of a request, best first, ties in input order, at most `top_n`."""
     order = np.argsort(-scored.scores, kind="stable")[: request.top_n]
@@ -399,9 +499,26 @@ def ranked(request: RerankRequest, scored: Scored) -> list[dict[str, Any]]:
     ]
 
 
-def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device this thread's current one: Triton launches there, whatever its tensors say."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _load_again(made_by: dict[str, Any], wanted: str) -> Reranker:
+    """A pickled Reranker in another process."""
+    loaded = Reranker.from_pretrained(**made_by)
+    if loaded.identity()["digest"] != wanted:
+        raise ValueError(f"{loaded.checkpoint.folder}: not the checkpoint that the pickled Reranker had loaded")
+    return loaded
+
+
+# Options of sentence-transformers' CrossEncoder that change no score as they are here, and those that would.
+_FREE_OPTIONS = ("num_workers", "prompt_name", "prompt", "convert_to_numpy", "convert_to_tensor", "activation_fn",
+                 "activation_fct", "apply_softmax", "device", "pool", "chunk_size")  # fmt: skip
+
+
+def _check_cross_encoder_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in _FREE_OPTIONS:
+            raise TypeError(f"{name} is {value!r:.80}: no option of CrossEncoder that is known here")
+        harmless = name in ("num_workers", "convert_to_numpy", "convert_to_tensor", "chunk_size")
+        if not harmless and value is not None and value is not False and type(value).__name__ != "Identity":
+            raise ValueError(f"{name} is {value!r:.80}, which would change the scores: not supported")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -29,7 +29,7 @@ def test_files_and_jsonl(run, tmp_path):
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert len(answer["results"]) == 2 and answer["random"] is True and answer["blocks"] == [3]
-    assert {"index", "name", "relevance_score", "tokens", "cut"} == set(answer["results"][0])
+    assert {"index", "name", "relevance_score", "document", "tokens", "cut"} == set(answer["results"][0])
     assert "random" in done.stderr
 
 

@@ -109,7 +109,7 @@ def test_a_large_request_does_not_starve_a_small_one(slow, documents):
         small = engine.submit(RerankRequest("small", documents[:1]))
         for name, future in (("large", large), ("small", small)):
             future.add_done_callback(lambda _, name=name: order.append((name, engine.statistics.passes)))
-        wait_until(lambda: engine._encoding == 0)
+        wait_until(lambda: not engine._queue.encoding)
         gate.set()
         large.result(120)
     assert [name for name, _ in order] == ["small", "large"]
@@ -134,10 +134,10 @@ def test_cancelled_and_late_requests_are_dropped(slow, documents):
     reranker, gate = slow
     with Engine(reranker, max_batch_tokens=300) as engine:
         first = engine.submit({"query": "first", "documents": documents[:1]})
-        wait_until(lambda: engine._encoding == 0)
+        wait_until(lambda: not engine._queue.encoding)
         cancelled = engine.submit({"query": "cancelled", "documents": documents[:1]})
         late = engine.submit({"query": "late", "documents": documents[:1]}, timeout=0.01)
-        wait_until(lambda: engine._encoding == 0)
+        wait_until(lambda: not engine._queue.encoding)
         assert cancelled.cancel()
         time.sleep(0.02)
         gate.set()
@@ -228,7 +228,7 @@ def test_all_of_several_requests_or_none(slow, documents):
         many = [{"query": f"q{i}", "documents": documents[:2]} for i in range(40)]
         with pytest.raises(OverloadedError):
             engine.submit_many(many)
-        wait_until(lambda: engine._encoding == 0)
+        wait_until(lambda: not engine._queue.encoding)
         assert engine.pending == 1 and engine.queued_tokens <= queued + 200
         with pytest.raises(ValueError, match="query is empty"):
             engine.submit_many([many[0], {"query": "", "documents": []}])
@@ -254,7 +254,7 @@ def test_what_only_tokenising_shows(small_reranker, documents, monkeypatch):
             raise PanicError("index out of bounds")
 
         with monkeypatch.context() as broken:
-            broken.setattr(small_reranker, "encode", panic)
+            broken.setattr(small_reranker, "encode_by_slices", panic)
             with pytest.raises(RuntimeError, match="PanicError: index out of bounds"):
                 engine.rerank({"query": "q", "documents": ["x"]})
         assert engine.rerank({"query": "q", "documents": ["x"]}).results and engine.queued_tokens == 0

@@ -140,7 +140,7 @@ def test_a_run_resumes_where_it_was_cut_off(dataset_folder, tmp_path, small_rera
     ]
     with pytest.raises(ValueError, match="a run with order = 'descending', this one has 'random'"):
         rerank_run(small_reranker, dataset, candidates, path, {"order": "random"})
-    with pytest.raises(ValueError, match="other candidates now"):
+    with pytest.raises(ValueError, match="other candidates or other texts now"):
         rerank_run(small_reranker, dataset, bm25_candidates(dataset, 3), path, settings)
 
 

@@ -95,7 +95,7 @@ def test_bf16_weights_are_read_directly(isa):
 
 def test_a_wrong_width_is_named():
     for int8 in (False, True):
-        with pytest.raises(ValueError, match=r"x has shape \(3, 65\), the weight takes \[T, 64\]"):
+        with pytest.raises(ValueError, match=r"x \(3, 65\): expected x \[T, 64\]"):
             NativeOperations(int8=int8).prepare(torch.randn(8, 64)).matmul(torch.randn(3, 65), None, None)
 
 
@@ -233,11 +233,11 @@ def test_a_quantised_model_is_kept(tiny, documents, tmp_path):
 
     name = "model.layers.1.mlp.down_proj.weight"
     refused(lambda s: s.update({f"{name}_outlier_index": s[f"{name}_outlier_index"] + 4000}), "points outside of")
-    refused(lambda s: s.update({f"{name}_scale": s[f"{name}_scale"] * 0}), "_scale is not positive everywhere")
+    refused(lambda s: s.update({f"{name}_scale": s[f"{name}_scale"] * 0}), "_scale is not positive and finite")
     refused(lambda s: s.pop(f"{name}_outlier_index"), "1 tensors are missing.*outlier_index")
     del stored["model.layers.0.mlp.down_proj.weight_scale"]
     safetensors.torch.save_file(stored, tmp_path / "int8" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"down_proj\.weight is stored as torch\.int8, expected floating point"):
+    with pytest.raises(ValueError, match=r"1 tensors are missing, the first: .*down_proj\.weight_scale"):
         Reranker.from_pretrained(tmp_path / "int8", dtype="int8")
 
 

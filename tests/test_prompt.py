@@ -153,8 +153,8 @@ def test_cache_is_bounded_and_does_not_change_results(any_tokenizer, documents):
         batch = documents[start : start + 50] + documents[:10]
         for a, b in zip(encoder.cut(batch, 30), fresh.cut(batch, 30), strict=True):
             assert a.text == b.text and a.ids.tolist() == b.ids.tolist()
-        assert encoder._cache_bytes <= 20_000
-    assert 0 < len(encoder._cache) < 300
+        assert encoder._texts._cache_bytes <= 20_000
+    assert 0 < len(encoder._texts._cache) < 300
 
 
 def test_a_tokenizer_without_markers_is_refused():

@@ -126,9 +126,18 @@ def test_score(client, small_reranker, documents):
         ({"query": 5}, 422, "query"),
         ({"query": ""}, 422, "query"),
         ({"documents": "text"}, 422, "documents"),
-        ({"documents": [{"title": "x"}]}, 422, "documents.0"),
-        ({"documents": ["a", 3]}, 422, "documents.1"),
-        ({"documents": ["\ud800"]}, 422, None),
+        ({"documents": [{"title": "x"}]}, 422, "documents[0]"),
+        ({"documents": ["a", 3]}, 422, "documents[1]"),
+        ({"documents": ["a", {"text": None}]}, 422, "documents[1]"),
+        ({"documents": ["\ud800"]}, 400, None),
+        ({"top_k": "2"}, 422, "top_k"),
+        ({"top_n": 1.5}, 422, "top_n"),
+        ({"return_documents": "perhaps"}, 422, "return_documents"),
+        ({"topn": 2}, 422, "topn"),
+        ({"orders": 0}, 422, "orders"),
+        ({"activation": True}, 422, "activation"),
+        ({"truncation_direction": "left"}, 422, "truncation_direction"),
+        ({"texts": ["a"]}, 422, "texts"),
         ({"max_doc_length": 10**9}, 422, None),
         ({"model": "another"}, 404, "model"),
         ({"documents": ["x"] * 51}, 413, "documents"),
@@ -142,7 +151,7 @@ def test_bad_requests(small_reranker, change, status, param):
         response = client.post("/v1/rerank", content=content, headers={"content-type": "application/json"})
         assert response.status_code == status, response.text
         error = response.json()["error"]
-        assert error.keys() == {"message", "type", "param"} and error["message"]
+        assert error.keys() == {"message", "type", "param"} and error["message"] == response.json()["detail"]
         assert (error["param"] or "").startswith(param or "")
         assert client.engine.pending == 0
         assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
@@ -206,9 +215,16 @@ def test_the_description_says_what_is_served(client):
     schema = client.get("/openapi.json").json()
     assert schema["openapi"].startswith("3.")
     posts = {path for path, methods in schema["paths"].items() if "post" in methods}
-    assert posts == {"/v1/rerank", "/rerank", "/v2/rerank", "/score"}
+    assert posts == {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/score", "/v1/score",
+                     "/v1/ranking"}  # fmt: skip
     assert {"400", "413", "422", "429"} <= schema["paths"]["/v1/rerank"]["post"]["responses"].keys()
-    assert schema["components"]["schemas"]["ErrorResponse"]
+    assert schema["components"]["schemas"]["Error"]
+    for path in posts:  # every example is served
+        content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        for name, example in content["examples"].items():
+            assert client.post(path, example["value"]).status_code == 200, (path, name)
+    page = client.get("/docs").text
+    assert "openapi.json" in page and "//" not in page.replace("http://www.w3.org", "")
 
 
 def test_overload_is_answered_at_once(small_reranker, monkeypatch):
@@ -266,10 +282,11 @@ def test_a_million_bad_items_are_one_error(client):
     started = time.perf_counter()
     response = client.post("/v1/rerank", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 422 and time.perf_counter() - started < 20
-    assert response.json()["error"]["param"].startswith("documents.0")
+    assert response.json()["error"]["param"] == "documents[0]"
     content = content.replace(b'"query"', b'"text_1"').replace(b'"documents"', b'"text_2"')
     response = client.post("/score", content=content, headers={"content-type": "application/json"})
-    assert response.status_code == 422 and "item 0 is no string" in response.text and len(response.text) < 1000
+    assert response.status_code == 422 and response.json()["error"]["param"] == "text_2[0]"
+    assert len(response.text) < 1000
 
 
 def test_made_up_methods_are_not_counted_apart(client):

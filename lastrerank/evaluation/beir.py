@@ -55,7 +55,9 @@ def read_beir(
         found = sorted(p.stem for p in (query_root / "qrels").glob("*.tsv"))
         raise ValueError(f"split is {split!r}: no {path}; splits there: {found}")
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(lines_of(path)):
+        if not line:
+            continue
         fields = line.split("\t")
         if number == 0 and not fields[-1].lstrip("-").isdigit():
             continue
@@ -75,14 +77,44 @@ def read_beir(
     return BeirDataset(name, split, documents, {q: texts[q] for q in judged}, {q: qrels[q] for q in judged})
 
 
+def lines_of(path: Path) -> list[str]:
+    """A text file's lines: they end at a line feed, not at every character that Unicode calls the end of a line.
+
+    Raises:
+        ValueError: it can't be read as UTF-8; the message names it.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: can't be read: {error}") from error
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
 def _rows(folder: Path, stem: str) -> Iterator[dict[str, Any]]:
+    for where, row in json_lines(folder, stem):
+        if not isinstance(row.get("text"), str) or not isinstance(row.get("_id"), (str, int)):
+            raise ValueError(f"{where}: expected '_id' and 'text', got {sorted(row)!s:.80}")
+        yield row
+
+
+def json_lines(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, object) for every line of `<stem>.jsonl` or `<stem>.jsonl.gz`.
+
+    Raises:
+        ValueError: neither file is there, or a line is no JSON object; the message names file and line.
+    """
     for path, opener in ((folder / f"{stem}.jsonl", open), (folder / f"{stem}.jsonl.gz", gzip.open)):
         if path.is_file():
-            with opener(path, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
-                for number, line in enumerate(lines):
-                    row = json.loads(line)
-                    if "_id" not in row or "text" not in row:
-                        raise ValueError(f"{path}:{number + 1}: expected '_id' and 'text', got {sorted(row)}")
-                    yield row
+            with opener(path, "rb") as lines:  # type: ignore[operator]
+                number = 0
+                try:
+                    for number, line in enumerate(lines, 1):
+                        if line.strip(b" \t\r\n"):
+                            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                            if not isinstance(row, dict):
+                                raise ValueError("no object")
+                            yield f"{path}:{number}", row
+                except (ValueError, RecursionError, EOFError, OSError) as error:
+                    raise ValueError(f"{path}:{number}: {error}") from error
             return
     raise ValueError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there")

@@ -17,6 +17,7 @@ from lastrerank.evaluation.run import (
     read_trec_run,
     rerank_run,
 )
+from lastrerank.kept import write_file, write_records
 from lastrerank.reranker import Reranker
 
 
@@ -60,9 +61,8 @@ def evaluate(
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     settings = {
-        "model": reranker.checkpoint.folder.name, "backend": reranker.backend, "dtype": reranker.dtype, "split": split,
-        "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k, "max_queries": max_queries,
-        "max_doc_length": max_doc_length or reranker.config.max_doc_length, "seed": seed,
+        **reranker.identity(), "split": split, "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k,
+        "max_queries": max_queries, "seed": seed,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     per_query: list[dict[str, Any]] = []
@@ -85,9 +85,8 @@ def evaluate(
             rows.append(row | {"resumed": done.resumed})
             per_query += [base | {"ranking": order, "query": q, **values} for q, values in each.items()]
     report = {"settings": settings, "rows": rows}
-    (target / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    with (target / "per_query.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in per_query)
+    write_file(target / "results.json", json.dumps(report, indent=1) + "\n")
+    write_records(target / "per_query.jsonl", per_query)
     plot(report, target / "results.png")
     return report
 

@@ -6,19 +6,24 @@ A run is a file of JSON lines: its settings, then a query a line with its docume
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lastrerank.evaluation.beir import BeirDataset
+from lastrerank.evaluation.beir import BeirDataset, lines_of
 from lastrerank.evaluation.first_stage import Bm25
+from lastrerank.kept import digest, locked, read_records
 from lastrerank.progress import Progress
 from lastrerank.request import RerankRequest
 from lastrerank.reranker import Reranker, ranked
+
+logger = logging.getLogger("lastrerank")
 
 # Document ids by query, best first.
 Ranking = dict[str, list[str]]
@@ -40,8 +45,10 @@ def read_trec_run(path: str | os.PathLike[str], dataset: BeirDataset, depth: int
         ValueError: a line is malformed, names an unknown document, or no query of the dataset is in the file.
     """
     found: dict[str, list[tuple[float, str]]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split()
+    for number, line in enumerate(lines_of(Path(path)), 1):
+        fields = re.split(r"[ \t]+", line.strip(" \t"))  # identifiers may hold any other white space
+        if fields == [""]:
+            continue
         try:
             query, document, score = fields[0], fields[2], float(fields[4])
         except (IndexError, ValueError) as error:
@@ -91,40 +98,48 @@ def rerank_run(
 
     Args:
         path: the run's file; written a query at a time, so that an interrupted run goes on where it stopped.
-        settings: what the run depends on; kept in the file and compared on resuming.
+        settings: what else the run depends on. They are kept in the file with the model's identity (weights by digest,
+            dtype, backend) and the cap, and of each query a digest of its text and its documents' in their order; all
+            of it is compared on resuming.
 
     Raises:
-        ValueError: `path` holds a run with other settings, or of other queries.
+        ValueError: `path` holds a run with other settings or weights, or of other texts, or is being written.
     """
-    target, settings = Path(path), json.loads(json.dumps(dict(settings)))
-    done = _read_run(target, settings, candidates)
-    resumed = len(done)
-    started, tokens = time.perf_counter(), 0
-    with target.open("a", encoding="utf-8") as lines, Progress("queries", "queries", progress) as bar:
-        if not resumed and target.stat().st_size == 0:
-            lines.write(json.dumps({"settings": settings}) + "\n")
+    target = Path(path)
+    own = {**settings, **reranker.identity(), "max_doc_length": max_doc_length or reranker.config.max_doc_length}
+    inputs = {
+        q: digest(dataset.queries[q], [[d, dataset.documents[d]] for d in names])[:16]
+        for q, names in candidates.items()
+    }
+    with locked(target, "this run"):
+        done = _read_run(target, json.loads(json.dumps(own)), inputs)
+        resumed, started, tokens = len(done), time.perf_counter(), 0
         left = [query for query in candidates if query not in done]
-        bar.add_total(len(left))
-        for group in _groups(left, 16):
-            requests = [
-                RerankRequest.of(
-                    RerankRequest(
+        if resumed:
+            logger.warning("%s: %d of %d queries were ranked before", target, resumed, len(candidates))
+        with target.open("a", encoding="utf-8") as lines, Progress(
+            dataset.name, "queries", progress, len(left)
+        ) as bar:
+            if lines.tell() == 0:
+                lines.write(json.dumps({"settings": own}) + "\n")
+            for group in _groups(left, 16):
+                requests = [
+                    RerankRequest.of(RerankRequest(
                         dataset.queries[q], [dataset.documents[d] for d in candidates[q]], max_doc_length=max_doc_length
-                    )
-                )
-                for q in group
-            ]
-            encoded = [reranker.encode(request) for request in requests]
-            tokens += sum(e.num_tokens for e in encoded)
-            for query, request, scored in zip(
-                group, requests, reranker.score_encoded(encoded, progress=False), strict=True
-            ):
-                results = ranked(request, scored)
-                done[query] = [candidates[query][r["index"]] for r in results]
-                scores = [r["relevance_score"] for r in results]
-                lines.write(json.dumps({"query": query, "documents": done[query], "scores": scores}) + "\n")
-            lines.flush()
-            bar.advance(len(group))
+                    )) for q in group
+                ]  # fmt: skip
+                encoded = [reranker.encode(request) for request in requests]
+                tokens += sum(e.num_tokens for e in encoded)
+                for query, request, scored in zip(
+                    group, requests, reranker.score_encoded(encoded, progress=False), strict=True
+                ):
+                    results = ranked(request, scored)
+                    done[query] = [candidates[query][r["index"]] for r in results]
+                    scores = [r["relevance_score"] for r in results]
+                    row = {"query": query, "documents": done[query], "scores": scores, "input": inputs[query]}
+                    lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                bar.advance(len(group))
     return Run({query: done[query] for query in candidates}, tokens, time.perf_counter() - started, resumed)
 
 
@@ -132,30 +147,26 @@ def _groups(items: list[str], size: int) -> list[list[str]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _read_run(path: Path, settings: Mapping[str, Any], candidates: Ranking) -> Ranking:
-    """Finished queries of an earlier start. A last line that was cut off is removed from the file."""
-    if not path.is_file():
+def _read_run(path: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Ranking:
+    """Finished queries of an earlier start."""
+    rows = read_records(path)
+    if not rows:
         return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        path.write_bytes(whole)
-    lines = whole.decode("utf-8").splitlines()
-    if not lines:
-        return {}
-    before = json.loads(lines[0]).get("settings", {})
+    before = rows[0].get("settings")
+    if not isinstance(before, dict):
+        raise ValueError(f"{path}: no run of this package's: its first line has no settings")
     for name in sorted(before.keys() | settings.keys()):
         if before.get(name) != settings.get(name):
             raise ValueError(
                 f"{path} is a run with {name} = {before.get(name)!r}, this one has {settings.get(name)!r}: "
                 "name another output folder, or remove the file"
             )
-    done = {}
-    for number, line in enumerate(lines[1:], 2):
-        row = json.loads(line)
-        if sorted(row["documents"]) != sorted(candidates.get(row["query"], [])):
-            raise ValueError(f"{path}:{number}: query {row['query']!r} has other candidates now")
-        done[row["query"]] = row["documents"]
+    done: Ranking = {}
+    for number, row in enumerate(rows[1:], 2):
+        query = str(row.get("query"))
+        if query not in inputs or row.get("input") != inputs[query] or not isinstance(row.get("documents"), list):
+            raise ValueError(f"{path}:{number}: query {query!r} has other candidates or other texts now")
+        done[query] = row["documents"]
     return done
 
 

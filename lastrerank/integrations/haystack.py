@@ -21,13 +21,16 @@ class LastrerankRanker:
     Args:
         model: folder, bundled name or Hub id; loaded by `warm_up`, or by the first run.
         top_k: kept; None for all.
+        instruction: as in `Reranker.rerank`.
         arguments: of `Reranker.from_pretrained`.
     """
 
-    def __init__(self, model: str, top_k: int | None = 10, arguments: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, model: str, top_k: int | None = 10, instruction: str | None = None, **arguments: Any
+    ) -> None:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, expected at least 1")
-        self.model, self.top_k, self.arguments = model, top_k, arguments or {}
+        self.model, self.top_k, self.instruction, self.arguments = model, top_k, instruction, arguments
         self._reranker: Reranker | None = None
 
     def warm_up(self) -> None:
@@ -41,12 +44,15 @@ class LastrerankRanker:
         self.warm_up()
         assert self._reranker is not None
         texts = [document.content or "" for document in documents]
-        results = self._reranker.rerank(query, texts, self.top_k if top_k is None else top_k)
+        wanted = self.top_k if top_k is None else top_k
+        results = self._reranker.rerank(query, texts, wanted, instruction=self.instruction)
         return {"documents": [replace(documents[r["index"]], score=r["relevance_score"]) for r in results]}
 
     def to_dict(self) -> dict[str, Any]:
         """For a pipeline's file."""
-        return default_to_dict(self, model=self.model, top_k=self.top_k, arguments=self.arguments)
+        return default_to_dict(
+            self, model=self.model, top_k=self.top_k, instruction=self.instruction, **self.arguments
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LastrerankRanker:

@@ -16,8 +16,11 @@ from lastrerank.reranker import Reranker
 class LastrerankRerank(BaseDocumentCompressor):
     """Ranks retrieved documents and keeps the best, with `relevance_score` in their metadata.
 
-    reranker: or `LastrerankRerank.from_pretrained(id_or_path, top_n=..., **Reranker.from_pretrained's arguments)`.
-    top_n: kept; None for all. instruction: as in `Reranker.rerank`.
+    Args:
+        model: folder, bundled name or Hub id; or a loaded `reranker`.
+        top_n: kept; None for all.
+        instruction: as in `Reranker.rerank`.
+        arguments: of `Reranker.from_pretrained`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -26,10 +29,24 @@ class LastrerankRerank(BaseDocumentCompressor):
     top_n: int | None = 3
     instruction: str | None = None
 
+    def __init__(
+        self,
+        model: str | None = None,
+        top_n: int | None = 3,
+        instruction: str | None = None,
+        *,
+        reranker: Reranker | None = None,
+        **arguments: Any,
+    ) -> None:
+        if (model is None) == (reranker is None) or (reranker is not None and arguments):
+            raise ValueError("expected a model with its arguments, or a loaded reranker")
+        loaded = reranker or Reranker.from_pretrained(str(model), **arguments)
+        super().__init__(reranker=loaded, top_n=top_n, instruction=instruction)  # type: ignore[call-arg]
+
     @classmethod
-    def from_pretrained(cls, id_or_path: str, *, top_n: int | None = 3, **arguments: Any) -> LastrerankRerank:
-        """Load a checkpoint as `Reranker.from_pretrained` does."""
-        return cls(reranker=Reranker.from_pretrained(id_or_path, **arguments), top_n=top_n)
+    def from_pretrained(cls, id_or_path: str, **arguments: Any) -> LastrerankRerank:
+        """The same as the constructor with a model."""
+        return cls(id_or_path, **arguments)
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None

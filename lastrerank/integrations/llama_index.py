@@ -17,15 +17,19 @@ class LastrerankRerank(BaseNodePostprocessor):
     Args:
         model: folder, bundled name or Hub id.
         top_n: kept; None for all.
+        instruction: as in `Reranker.rerank`.
         arguments: of `Reranker.from_pretrained`.
     """
 
     model: str = Field(description="Folder, bundled name or Hub id.")
     top_n: int | None = Field(default=3, description="Nodes kept; None for all.")
+    instruction: str | None = Field(default=None, description="What else the ranking should follow.")
     _reranker: Reranker = PrivateAttr()
 
-    def __init__(self, model: str, top_n: int | None = 3, **arguments: Any) -> None:
-        super().__init__(model=model, top_n=top_n)
+    def __init__(
+        self, model: str, top_n: int | None = 3, instruction: str | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(model=model, top_n=top_n, instruction=instruction)
         self._reranker = Reranker.from_pretrained(model, **arguments)
 
     @classmethod
@@ -38,5 +42,7 @@ class LastrerankRerank(BaseNodePostprocessor):
         if query_bundle is None:
             raise ValueError("query_bundle is None, expected a query")
         texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
-        results = self._reranker.rerank(query_bundle.query_str, texts, self.top_n)
+        results = self._reranker.rerank(
+            query_bundle.query_str, texts, self.top_n, instruction=self.instruction
+        )
         return [NodeWithScore(node=nodes[r["index"]].node, score=r["relevance_score"]) for r in results]

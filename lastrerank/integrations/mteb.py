@@ -10,7 +10,6 @@ The paper's table, for whoever has the weights and the network (`first` holds th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,11 @@ class MtebReranker:
         self, model_name: str, revision: str | None = None, device: str | None = None, **arguments: Any
     ) -> None:
         self.reranker = Reranker.from_pretrained(model_name, revision=revision, device=device or "auto", **arguments)
-        name = model_name if model_name.count("/") == 1 and not Path(model_name).exists() else None
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {"name": name or f"lastrerank/{Path(model_name).name}", "revision": revision or "local"}
-        )
+        own = self.reranker.identity()
+        name = own["model"] if "/" in own["model"] else f"lastrerank/{own['model']}"
+        # MTEB keeps results by name and revision: whatever changes a score is in it.
+        kept = "-".join(str(own[part]) for part in ("digest", "dtype", "backend"))
+        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": kept})
 
     def predict(
         self, inputs1: Iterable[Mapping[str, Any]], inputs2: Iterable[Mapping[str, Any]], **task: Any

@@ -28,6 +28,8 @@ def deployment(
     gpus: float = 0,
     max_ongoing_requests: int = 64,
     engine: dict[str, Any] | None = None,
+    api_key: str | None = None,
+    limits: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> serve.Application:
     """The routes of `lastrerank serve` as an application for `serve.run`, an engine in every replica.
@@ -38,22 +40,25 @@ def deployment(
         cpus, gpus: of a replica. A CPU replica uses that many threads.
         max_ongoing_requests: sent to a replica at once; its engine packs them.
         engine: arguments of `Engine`.
+        api_key: as in `create_app`.
+        limits: arguments of `lastrerank.server.Limits`.
         arguments: of `Reranker.from_pretrained`.
     """
-    from fastapi import FastAPI
-
     scale: dict[str, Any] = {"autoscaling_config": autoscaling} if autoscaling else {"num_replicas": replicas or 1}
 
-    def application() -> FastAPI:
+    def application() -> Any:
         import torch
 
-        from lastrerank.server import create_app
+        from lastrerank.server import Limits, create_app
 
         if not gpus:
             torch.set_num_threads(max(1, int(cpus)))
         reranker = Reranker.from_pretrained(model, **arguments)
         reranker.warmup()
-        return create_app(Engine(reranker, **(engine or {})), model_name=Path(model).name)
+        return create_app(
+            Engine(reranker, **(engine or {})), model_name=reranker.checkpoint.name, api_key=api_key,
+            limits=Limits(**(limits or {})),
+        )  # fmt: skip
 
     class Replica:
         """Health is the engine's: Ray replaces a replica whose passes have stopped."""
@@ -124,8 +129,8 @@ def rerank_dataset(
     """
     target = Path(output).absolute()
     target.mkdir(parents=True, exist_ok=True)
-    settings = {"model": Path(model).name, "dataset": dataset.name, "split": dataset.split, "shards": shards,
-                "max_doc_length": max_doc_length}  # fmt: skip
+    # The model's identity and the texts' are added by `rerank_run`, of what a worker has loaded.
+    settings = {"dataset": dataset.name, "split": dataset.split, "shards": shards}
     shared = ray.put(dataset)
     names = list(candidates)
     rows = [{"shard": n, "queries": json.dumps({q: candidates[q] for q in names[n::shards]})} for n in range(shards)]

@@ -13,12 +13,15 @@ from lastrerank.reranker import Reranker
 
 
 class LastrerankRanker(BaseRanker):
-    """Args: model_name_or_path and arguments as `Reranker.from_pretrained`; verbose is the library's."""
+    """Args: model_name_or_path and arguments as `Reranker.from_pretrained`; instruction as in `Reranker.rerank`;
+    verbose is the library's."""
 
     ranking_type = "listwise"
 
-    def __init__(self, model_name_or_path: str, verbose: int = 1, **arguments: Any) -> None:
-        self.verbose = verbose
+    def __init__(
+        self, model_name_or_path: str, verbose: int = 1, instruction: str | None = None, **arguments: Any
+    ) -> None:
+        self.verbose, self.instruction = verbose, instruction
         self.model = Reranker.from_pretrained(model_name_or_path, **arguments)
 
     def rank(
@@ -30,7 +33,7 @@ class LastrerankRanker(BaseRanker):
     ) -> RankedResults:
         """All documents as one list, best first."""
         documents = prep_docs(docs, doc_ids, metadata)
-        found = self.model.rerank(query, [document.text for document in documents])
+        found = self.model.rerank(query, [document.text for document in documents], instruction=self.instruction)
         results = [
             Result(document=documents[r["index"]], score=r["relevance_score"], rank=place)
             for place, r in enumerate(found, 1)
@@ -39,4 +42,4 @@ class LastrerankRanker(BaseRanker):
 
     def score(self, query: str, doc: str) -> float:
         """The score of a list of one."""
-        return self.model.rerank(query, [doc])[0]["relevance_score"]
+        return self.model.rerank(query, [doc], instruction=self.instruction)[0]["relevance_score"]

@@ -1,20 +1,22 @@
-"""For a model that Transformers has loaded: our forward in place of its own, or our attention in its own."""
+"""For a model that Transformers has loaded: our forward in place of its own. (`transformers_attention`: our attention
+in its own.) What is replaced is accounted for: a module, parameter, hook or argument that would change what the model
+computes, and that our forward doesn't know, is refused by name."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from lastrerank import ops
 from lastrerank.config import ModelConfig
+from lastrerank.integrations.transformers_attention import register_attention, restarts, sequences
+from lastrerank.isolation import isolated
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
-from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import PackedBatch
-from lastrerank.reranker import current_device
 
-ATTENTION = "lastrerank"
+__all__ = ["accelerate", "register_attention"]
 
 
 def accelerate(model: Any, backend: str = "auto") -> Any:
@@ -23,18 +25,21 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
     Weights are shared: q, k, v and gate, up are laid side by side and the modules' parameters become views of them (the
     native backend alone keeps packed copies of the linears besides, so it is chosen by name only). Inference only: the
     output has no grad. `last_hidden_state` is 0 at padding; of `hidden_states` only the last exists, the others are
-    None. `del decoder.forward` undoes it.
+    None. `del decoder.forward` undoes it. A row may hold several sequences by `position_ids` that start again, as in
+    Transformers.
 
     Args:
-        model: on one device, in one dtype, in eval mode.
+        model: on one device, in one dtype, in eval mode, every module as Transformers makes it: adapters, quantised
+            linears, subclasses, hooks and changed attributes are refused (merge LoRA weights first).
         backend: "auto", or one of `lastrerank.ops.BACKENDS`.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: no Qwen3 or Qwen2 decoder.
-        ValueError: the configuration is not supported, or the model is in training mode.
+        TypeError: no Qwen3 or Qwen2 decoder, or one of its modules is not Transformers' own.
+        ValueError: the configuration is not supported, a module computes something else than it says, or the model is
+            in training mode.
         RuntimeError: the backend can't serve the model's device and dtype.
     """
     decoder: Any = model if hasattr(model, "embed_tokens") else getattr(model, "model", None)
@@ -42,14 +47,19 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
         raise TypeError(f"model is a {type(model).__name__}, expected a Qwen3 or Qwen2 decoder or a model around one")
     if decoder.training:
         raise ValueError("model is in training mode, expected model.eval() first: there is no grad")
+    if getattr(vars(decoder).get("forward"), "is_lastrerank", False):
+        del decoder.forward
     table = decoder.embed_tokens.weight
-    # Caps belong to whoever makes prompts.
-    caps = {"lastrerank": {"max_query_length": 1, "max_doc_length": 1}}
-    config = ModelConfig.from_dict(decoder.config.to_dict() | caps)
+    # Caps belong to whoever makes prompts, a head to whoever holds the decoder.
+    own = {"lastrerank": {"max_query_length": 1, "max_doc_length": 1}, "architectures": None}
+    config = ModelConfig.from_dict(decoder.config.to_dict() | own)
+    _account(decoder)
     if backend == "auto" and table.device.type == "cpu":
         backend = "reference"
     _, operations = ops.select(backend, table.device, table.dtype)
     fast = Model(config, _shared_weights(decoder, config, operations), operations)
+    if not torch.equal(decoder.rotary_emb.inv_freq.float().cpu(), fast.frequencies.cpu()):
+        raise ValueError("rotary_emb.inv_freq is not what the configuration's rope_theta gives")
 
     def forward(
         input_ids: torch.Tensor | None = None,
@@ -70,20 +80,91 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
                 raise ValueError(f"{name} is given, but an accelerated decoder only reads whole prompts")
         if input_ids is None or input_ids.ndim != 2:
             raise ValueError("input_ids is missing or not [batch, length]")
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            raise TypeError(f"attention_mask is a {type(attention_mask).__name__}, expected a tensor [batch, length]")
         unknown = [name for name, value in other.items() if value is not None and name not in _HARMLESS]
         if unknown:
             raise TypeError(f"an accelerated decoder doesn't know the argument {unknown[0]!r}")
-        with torch.no_grad(), current_device(input_ids.device):
+        with torch.no_grad(), isolated(input_ids.device, inference=False):
             last = _hidden_states(fast, input_ids, attention_mask, position_ids)
         every: Any = (*(None for _ in range(config.num_layers)), last) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=every)
 
+    forward.is_lastrerank = True  # type: ignore[attr-defined]
     decoder.forward = forward
     return model
 
 
 # What Transformers hands down that doesn't change what is computed here.
-_HARMLESS = ("cache_position", "return_dict")
+_HARMLESS = ("cache_position", "return_dict", "num_items_in_batch")
+# Where the classes of a decoder as Transformers makes it, and what they call, come from.
+_ORIGINS = ("transformers.", "torch.")
+# Attributes that may differ: they are for training.
+_FREE = ("training", "gradient_checkpointing")
+
+
+def _account(decoder: Any) -> None:
+    """Every module, parameter and buffer is as a new model of the same configuration has it.
+
+    Raises:
+        TypeError, ValueError: one isn't; the message names it.
+    """
+    if type(decoder).__module__ not in (f"transformers.models.{x}.modeling_{x}" for x in ("qwen2", "qwen3")):
+        raise TypeError(f"the decoder is a {type(decoder).__module__}.{type(decoder).__name__}, not Transformers' own")
+    with torch.device("meta"):
+        twin = type(decoder)(decoder.config)
+    expected, found = (dict(x.named_modules(remove_duplicate=False)) for x in (twin, decoder))
+    for name in (*found.keys() - expected.keys(), *expected.keys() - found.keys()):
+        raise TypeError(f"{name or 'the decoder'} is {'missing' if name in expected else 'no module that we compute'}")
+    for name, module in found.items():
+        where, own = name or "the decoder", expected[name]
+        if type(module) is not type(own) or not type(module).__module__.startswith(_ORIGINS):
+            raise TypeError(f"{where} is a {type(module).__module__}.{type(module).__name__}: it may compute anything")
+        if "forward" in vars(module) or not _origin(type(module).forward).startswith(_ORIGINS):
+            raise TypeError(f"{where}.forward has been replaced by something that we don't compute")
+        for hook in _hooks(module):
+            raise TypeError(f"{where} has a hook ({getattr(hook, '__qualname__', hook)!s:.80}): it may change anything")
+        for attribute, value in _simple(module).items():
+            expects = _simple(own).get(attribute, "nothing")
+            if attribute not in _FREE and value != expects:
+                raise ValueError(f"{where}.{attribute} is {value!r:.80}, but {expects!r:.80} by the configuration")
+        for kind in ("_parameters", "_buffers"):
+            _account_tensors(where, kind[1:-1], getattr(module, kind), getattr(own, kind))
+    dtypes = {(parameter.dtype, parameter.device) for parameter in decoder.parameters()}
+    if len(dtypes) > 1:
+        raise ValueError(f"parameters are of {len(dtypes)} dtypes or devices, expected one: {sorted(map(str, dtypes))}")
+
+
+def _account_tensors(where: str, kind: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name in found.keys() | expected.keys():
+        tensor, own = found.get(name), expected.get(name)
+        if tensor is None and own is None:
+            continue
+        plain = isinstance(tensor, torch.Tensor) and type(tensor.data) is torch.Tensor
+        if name not in expected or own is None or not plain or tensor.shape != own.shape:  # type: ignore[union-attr]
+            shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else None
+            raise TypeError(
+                f"{where} has a {kind} {name!r} of {type(tensor).__name__} {shape} that we don't compute with"
+            )
+
+
+def _origin(function: Any) -> str:
+    return getattr(function, "__module__", None) or ""
+
+
+def _hooks(module: Any) -> Iterator[Any]:
+    """Hooks of a forward, but for those by which Transformers collects outputs."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hook in hooks.values():
+            if not _origin(hook).startswith("transformers.utils."):
+                yield hook
+
+
+def _simple(module: Any) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(module).items()
+        if not name.startswith("_") and (value is None or isinstance(value, (bool, int, float, str, tuple)))
+    }  # fmt: skip
 
 
 def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operations) -> ModelWeights:
@@ -108,6 +189,7 @@ def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operation
                 q_norm=attn.q_norm.weight.detach() if config.qk_norm else None,
                 k_norm=attn.k_norm.weight.detach() if config.qk_norm else None,
                 o=operations.prepare(attn.o_proj.weight.detach()),
+                o_bias=attn.o_proj.bias.detach() if config.output_bias else None,
                 post_norm=layer.post_attention_layernorm.weight.detach(),
                 gate_up=operations.prepare(packed(layer.mlp.gate_proj, layer.mlp.up_proj)),
                 down=operations.prepare(layer.mlp.down_proj.weight.detach()),
@@ -125,103 +207,24 @@ def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operation
 def _hidden_states(
     model: Model, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """`[B, T]` ids, padded left or right, to hidden states `[B, T, D]` after the final norm."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    there, lengths = _valid(input_ids.shape, mask)
-    positions = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])
-    if position_ids is not None:
-        given = position_ids.expand(input_ids.shape)[there]
-        starts = torch.tensor([0, *lengths[:-1]], device=given.device).cumsum(0)
-        shift = torch.repeat_interleave(given[starts], torch.tensor(lengths, device=given.device))
-        if not torch.equal(given - shift, positions):
-            raise ValueError("position_ids don't count up by one in every row, expected None or consecutive positions")
-    total = len(positions)
+    """`[B, T]` ids, padded left or right or in sequences end to end, to hidden states `[B, T, D]` after the final
+    norm."""
+    if position_ids is not None and position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}, expected {tuple(input_ids.shape)}")
+    positions = None if position_ids is None else position_ids.expand(input_ids.shape)
+    if attention_mask is None:
+        found = sequences(input_ids.shape, input_ids.device, packed=restarts(positions))
+    else:
+        found = sequences(input_ids.shape, input_ids.device, padding=attention_mask)
+        steps = None if positions is None else positions.diff(dim=1)[found.there[:, 1:] & found.there[:, :-1]]
+        if steps is not None and bool((steps != 1).any()):
+            raise ValueError("position_ids don't count up by one in every row, though attention_mask says one sequence")
+    ids = input_ids[found.there]
     batch = PackedBatch(
-        input_ids[there], positions, _cu_seqlens(lengths, input_ids.device), lengths,
-        torch.arange(total, device=input_ids.device), max(lengths),
+        ids, found.positions, found.cu_seqlens, found.lengths,
+        torch.arange(len(ids), device=ids.device), max(found.lengths),
     )  # fmt: skip
     hidden = model.hidden_states(batch)
     out = hidden.new_zeros(*input_ids.shape, hidden.shape[1])
-    out[there] = model.ops.rms_norm(hidden, model.weights.norm, model.config.rms_norm_eps)
+    out[found.there] = model.ops.rms_norm(hidden, model.weights.norm, model.config.rms_norm_eps)
     return out
-
-
-def register_attention(backend: str = "auto") -> str:
-    """Make our attention known to Transformers, causal, with windows and padding, without any mask tensor.
-
-    Use: `model.set_attn_implementation(register_attention())`. Key-value caches and dropout are refused. With grad
-    enabled the reference operations serve, which are differentiable.
-
-    Args:
-        backend: "auto", or one of `lastrerank.ops.BACKENDS`.
-
-    Returns:
-        The name, "lastrerank".
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    @lru_cache
-    def operations_for(device: torch.device, dtype: torch.dtype) -> ops.Operations:
-        return ops.select(backend, device, dtype)[1]
-
-    def attention(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        sliding_window: int | None = None,
-        **other: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """query `[B, Hq, T, d]`, key and value `[B, Hkv, T, d]` -> `[B, T, Hq, d]`."""
-        if key.shape[2] != query.shape[2]:
-            raise ValueError(f"{query.shape[2]} queries and {key.shape[2]} keys: key-value caches are not served")
-        if dropout or not getattr(module, "is_causal", True):
-            raise ValueError("dropout and attention that isn't causal are not served")
-        batch, _, length, head_dim = query.shape
-        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        operations = ReferenceOperations() if grad else operations_for(query.device, query.dtype)
-        # [B * T, heads, d]; a batch of one is not copied by flatten, and its heads are then not beside each other.
-        q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (query, key, value))
-        there, lengths = None, (length,) * batch
-        if attention_mask is not None:
-            there, lengths = _valid((batch, length), attention_mask)
-            there = there.flatten()
-            q, k, v = q[there], k[there], v[there]
-        cu_seqlens = _cu_seqlens(lengths, query.device)
-        with torch.set_grad_enabled(grad), current_device(query.device):
-            scale = head_dim**-0.5 if scaling is None else scaling
-            out = operations.attention(q, k, v, cu_seqlens, lengths, sliding_window, scale)
-        if there is not None:
-            out = out.new_zeros(batch * length, *out.shape[1:]).index_put((there,), out)
-        return out.unflatten(0, (batch, length)), None
-
-    def mask(*shape: Any, attention_mask: torch.Tensor | None = None, **other: Any) -> torch.Tensor | None:
-        """The padding as it is, `[B, T]`."""
-        return attention_mask
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, mask)
-    return ATTENTION
-
-
-def _valid(shape: tuple[int, ...], attention_mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Where tokens are, bool `[B, T]`, and each row's number of them.
-
-    Raises:
-        ValueError: the mask has another shape, an empty row, or a hole in a row.
-    """
-    if attention_mask.shape != shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(shape)}")
-    there = attention_mask.bool()
-    lengths = tuple(there.sum(1).tolist())
-    runs = (there[:, 1:] > there[:, :-1]).sum(1) + there[:, 0]  # of tokens, in each row
-    if 0 in lengths or bool((runs > 1).any()):
-        raise ValueError("attention_mask has an empty row, or a row with a hole: expected padding at the ends only")
-    return there, lengths
-
-
-def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)

@@ -38,6 +38,7 @@ class FlashAttnOperations(TritonOperations):
     ) -> Tensor:
         if rows is not None:
             return super().attention(q, k, v, cu_seqlens, seqlens, window, scale, rows, out)
+        cu_seqlens = cu_seqlens.contiguous()
         # The library's window counts the tokens before the current one.
         local = {} if window is None else {"window_size": (window - 1, 0)}
         result = self._attend(

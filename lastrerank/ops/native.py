@@ -18,10 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from lastrerank.isolation import num_threads
 from lastrerank.ops import Weight
 from lastrerank.ops.reference import ReferenceOperations
+from lastrerank.ops.shapes import (
+    check_attention,
+    check_linear,
+    check_qk_norm_rope,
+    check_rms_norm,
+    check_swiglu,
+    check_weight,
+)
 
-_VERSION = 3
+_VERSION = 4
 _OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
@@ -37,15 +46,15 @@ class _Kernels(ctypes.Structure):
         ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
         ("pack_i8", ctypes.CFUNCTYPE(_L, _P, ctypes.c_bool, _L, _L, ctypes.c_bool, _P, _P, _P, _P, _L)),
         ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
-        ("linear_f32", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
-        ("linear_i8", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _P, _L)),
-        ("add_rms_norm", ctypes.CFUNCTYPE(None, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
-        ("swiglu", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _P, _L)),
-        ("qk_norm_rope", ctypes.CFUNCTYPE(None, _I, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _F)),
+        ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
+        ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _P, _L)),
+        ("add_rms_norm", ctypes.CFUNCTYPE(_I, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
+        ("swiglu", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L)),
+        ("qk_norm_rope", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _F)),
         (
             "attention",
             ctypes.CFUNCTYPE(
-                None, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _F, _P, _L
+                _I, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _F, _P, _L
             ),
         ),
     )
@@ -107,29 +116,32 @@ class NativeOperations(ReferenceOperations):
         return Int8Weight(weight, scales, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        check_rms_norm(x, weight)
         return self._add_rms_norm(x, None, weight, eps)
 
     def add_rms_norm(
         self, residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_rms_norm(x, weight, residual)
         return residual, self._add_rms_norm(residual, x, weight, eps)
 
     def _add_rms_norm(
         self, residual: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        out = torch.empty(residual.shape)
-        self.kernels.add_rms_norm(
-            torch.get_num_threads(), _pointer(residual), residual.stride(0), _pointer(x),
+        out = _empty(*residual.shape)
+        _done(self.kernels.add_rms_norm(
+            num_threads(), _pointer(residual), residual.stride(0), _pointer(x),
             0 if x is None else x.stride(0), _pointer(weight), eps, *residual.shape, _pointer(out), out.stride(0),
-        )  # fmt: skip
+        ))  # fmt: skip
         return out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        check_swiglu(gate_up)
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width)
-        self.kernels.swiglu(
-            torch.get_num_threads(), _pointer(gate_up), gate_up.stride(0), rows, width, _pointer(out), width
-        )
+        out = _empty(rows, width)
+        _done(self.kernels.swiglu(
+            num_threads(), _pointer(gate_up), gate_up.stride(0), rows, width, _pointer(out), width
+        ))  # fmt: skip
         return out
 
     def qk_norm_rope(
@@ -144,12 +156,12 @@ class NativeOperations(ReferenceOperations):
         num_kv_heads: int,
         eps: float,
     ) -> torch.Tensor:
-        head_dim = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-        self.kernels.qk_norm_rope(
-            torch.get_num_threads(), _pointer(qkv), qkv.stride(0), len(qkv), num_heads, num_kv_heads, head_dim,
+        head_dim = check_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv_heads)
+        _done(self.kernels.qk_norm_rope(
+            num_threads(), _pointer(qkv), qkv.stride(0), len(qkv), num_heads, num_kv_heads, head_dim,
             _pointer(q_weight), _pointer(k_weight), _pointer(cos), _pointer(sin),
             _pointer(positions, torch.int64), eps,
-        )  # fmt: skip
+        ))  # fmt: skip
         return qkv
 
     def attention(
@@ -164,8 +176,8 @@ class NativeOperations(ReferenceOperations):
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = torch.empty(q.shape) if out is None else out
-        starts = cu_seqlens.tolist()
+        starts = check_attention(q, k, v, cu_seqlens, seqlens, window, rows, out)
+        out = _empty(*q.shape) if out is None else out
         bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
         for s, length in enumerate(seqlens):
             first, last = bounds[s], bounds[s + 1]
@@ -173,35 +185,42 @@ class NativeOperations(ReferenceOperations):
                 continue
             positions = None if rows is None else rows[first:last] - starts[s]
             keys, values = k[starts[s] :], v[starts[s] :]
-            self.kernels.attention(
-                torch.get_num_threads(), _pointer(q[first:]), q.stride(0), last - first,
+            _done(self.kernels.attention(
+                num_threads(), _pointer(q[first:]), q.stride(0), last - first,
                 _pointer(positions, torch.int64), _pointer(keys), k.stride(0), _pointer(values), v.stride(0), length,
                 q.shape[1], k.shape[1], q.shape[2], window or 0, scale, _pointer(out[first:]), out.stride(0),
-            )  # fmt: skip
+            ))  # fmt: skip
         return out
+
+    def __reduce__(self) -> Any:
+        """Another process finds its own library and instruction set."""
+        return NativeOperations, (self.int8,)
 
 
 class PackedWeight:
     """A weight in fp32, packed into panels for the kernels of one instruction set. bf16 sources are read directly."""
 
     def __init__(self, weight: torch.Tensor, kernels: Any) -> None:
+        check_weight(weight)
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
-        self._packed = torch.empty(kernels.packed_f32_size(*weight.shape))
-        kernels.pack_f32(source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, self._packed.data_ptr())
+        self._packed = _empty(kernels.packed_f32_size(*weight.shape))
+        kernels.pack_f32(
+            _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape, _pointer(self._packed)
+        )
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-        _check_width(x, self.in_features)
-        out = torch.empty(len(x), self.out_features) if out is None else out
-        self._kernels.linear_f32(
-            torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed), self.out_features,
+        check_linear(x, self.out_features, self.in_features, bias, out)
+        out = _empty(len(x), self.out_features) if out is None else out
+        _done(self._kernels.linear_f32(
+            num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed), self.out_features,
             _pointer(bias), _pointer(out), out.stride(0),
-        )  # fmt: skip
+        ))  # fmt: skip
         return out
 
     def unpack(self) -> torch.Tensor:
-        weight = torch.empty(self.out_features, self.in_features)
+        weight = _empty(self.out_features, self.in_features)
         self._kernels.unpack_f32(_pointer(self._packed), *weight.shape, _pointer(weight))
         return weight
 
@@ -214,37 +233,40 @@ class Int8Weight:
     """
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None, kernels: Any) -> None:
+        check_weight(weight, scales)
         self.out_features, self.in_features = weight.shape
         self._kernels = kernels
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
-        self._packed = torch.empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
-        self._sums = torch.empty(len(weight), dtype=torch.int32)
-        self.scales = torch.empty(len(weight)) if scales is None else scales.float().clone()
+        self._packed = _empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
+        self._sums = _empty(len(weight), dtype=torch.int32)
+        self.scales = _empty(len(weight)) if scales is None else scales.float().contiguous().clone()
         count = 0
         while True:  # twice where there are outliers: they are counted first
             self._outliers = np.empty(count, _OUTLIER)
             found = kernels.pack_i8(
-                source.data_ptr(), source.dtype == torch.bfloat16, *weight.shape, scales is not None,
+                _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape, scales is not None,
                 self._packed.data_ptr(), _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data,
                 count,
             )  # fmt: skip
+            if found < 0:
+                raise MemoryError(f"no memory to quantise a weight of {tuple(weight.shape)}")
             if found == count:
                 break
             count = found
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-        _check_width(x, self.in_features)
-        out = torch.empty(len(x), self.out_features) if out is None else out
-        self._kernels.linear_i8(
-            torch.get_num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
+        check_linear(x, self.out_features, self.in_features, bias, out)
+        out = _empty(len(x), self.out_features) if out is None else out
+        _done(self._kernels.linear_i8(
+            num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
             _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data, len(self._outliers),
             self.out_features, _pointer(bias), _pointer(out), out.stride(0),
-        )  # fmt: skip
+        ))  # fmt: skip
         return out
 
     def unpack(self) -> torch.Tensor:
         """What it multiplies by, in fp32: not the weight it was made from."""
-        weight = torch.empty(self.out_features, self.in_features)
+        weight = _empty(self.out_features, self.in_features)
         self._kernels.unpack_i8(
             self._packed.data_ptr(), _pointer(self.scales), self._outliers.ctypes.data, len(self._outliers),
             *weight.shape, _pointer(weight),
@@ -252,9 +274,17 @@ class Int8Weight:
         return weight
 
 
-def _check_width(x: torch.Tensor, in_features: int) -> None:
-    if x.ndim != 2 or x.shape[1] != in_features:
-        raise ValueError(f"x has shape {tuple(x.shape)}, the weight takes [T, {in_features}]")
+def _done(code: int) -> None:
+    """Raises what a kernel's return value says (csrc/kernels.h)."""
+    if code == 1:
+        raise MemoryError("a native kernel got no memory")
+    if code:
+        raise RuntimeError("a native kernel got no thread" if code == 2 else "a native kernel failed")
+
+
+def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """On the CPU, whatever the process's defaults are."""
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 def _pointer(x: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
@@ -269,5 +299,3 @@ def _pointer(x: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int 
     if x.dtype != dtype or x.device.type != "cpu":
         raise TypeError(f"expected a {dtype} tensor on the CPU, got {x.dtype} on {x.device}")
     return x.data_ptr()
-
-

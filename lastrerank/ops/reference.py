@@ -97,6 +97,8 @@ class ReferenceOperations:
         row_bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
         for s, length in enumerate(seqlens):
             keys, queries = slice(starts[s], starts[s + 1]), slice(row_bounds[s], row_bounds[s + 1])
+            if queries.start == queries.stop:  # an empty sequence, or none of its rows is read
+                continue
             if rows is None and (window is None or window >= length):
                 tiles, along = _causal(q[queries], k[keys], v[keys], scale), 1
             else:
@@ -107,7 +109,9 @@ class ReferenceOperations:
             else:
                 for where, tile in tiles:
                     out[queries][where] = tile
-        return torch.cat(sequences) if out is None else out
+        if out is None:
+            return torch.cat(sequences) if sequences else torch.empty_like(q)
+        return out
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -131,7 +135,7 @@ class ReferenceOperations:
         docs, queries = vectors[: len(doc_rows)], vectors[len(doc_rows) :]
         own = _cosine(docs, queries[doc_sequence])
 
-        best = torch.full((len(queries),), -1.0, device=own.device)
+        best = torch.full((len(queries),), -1.0, dtype=own.dtype, device=own.device)
         best = best.scatter_reduce(0, doc_sequence, own, "amax")
         weight = (1 + best) / 2
         fused = torch.zeros_like(queries).index_add_(0, sequence_request, queries * weight[:, None])

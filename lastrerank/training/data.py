@@ -8,16 +8,16 @@ a line: `document_vectors.npy` and `query_vectors.npy`.
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lastrerank.evaluation.beir import json_lines
 
 
 @dataclass(frozen=True)
@@ -168,19 +168,3 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
         if teacher is not None and len(teacher) != len(negatives) + 1:
             raise ValueError(f"{where}: teacher has {len(teacher)} logits for {len(negatives) + 1} documents")
     return TrainingData(documents, rows, weights, loaded.get("document"))
-
-
-def json_lines(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, object) for every line of `<stem>.jsonl` or `<stem>.jsonl.gz`.
-
-    Raises:
-        ValueError: neither file is there.
-    """
-    for path in (folder / f"{stem}.jsonl", folder / f"{stem}.jsonl.gz"):
-        if path.is_file():
-            opener: Any = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8") as lines:
-                for index, line in enumerate(lines):
-                    yield f"{path}:{index + 1}", json.loads(line)
-            return
-    raise ValueError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there")

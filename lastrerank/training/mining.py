@@ -48,8 +48,7 @@ def mine_lists(
     for pair in pairs:
         pools[pair.pool].append(pair)
     rows = []
-    with Progress("mining", "queries", progress) as bar:
-        bar.add_total(len(pairs))
+    with Progress("mining", "queries", progress, len(pairs)) as bar:
         for pool, members in pools.items():
             ids = sorted({pair.positive for pair in members})
             index = Bm25({str(i): documents[i] for i in ids})
@@ -91,8 +90,7 @@ def rank_negatives(
     them.
     """
     found = []
-    with Progress("ranking negatives", "lists", progress) as bar:
-        bar.add_total(len(rows))
+    with Progress("ranking negatives", "lists", progress, len(rows)) as bar:
         for start in range(0, len(rows), 16):
             group = rows[start : start + 16]
             requests = [RerankRequest(row["query"], [documents[i] for i in row["negatives"]]) for row in group]

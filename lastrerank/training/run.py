@@ -7,22 +7,25 @@ The output folder holds `recipe.json`, `log.jsonl`, `state.pt`, `progress.png`, 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lastrerank.checkpoint import open_checkpoint
-from lastrerank.evaluation.beir import BeirDataset, read_beir
+from lastrerank.evaluation.beir import BeirDataset, json_lines, read_beir
 from lastrerank.evaluation.run import Ranking, bm25_candidates, evaluate_ranking, ordered
+from lastrerank.kept import digest, locked, read_records, write_file, write_records
 from lastrerank.progress import Progress
 from lastrerank.reranker import Reranker
-from lastrerank.training.data import json_lines, read_training_data
+from lastrerank.training.data import read_training_data
 from lastrerank.training.mining import Pair, mine_lists, rank_negatives
 from lastrerank.training.trainer import Trainer, TrainingConfig
+
+logger = logging.getLogger("lastrerank")
 
 # Dev sets: a seeded sample of judged queries, BM25's best, in random order, so that the first stage's order is no help.
 DEV_QUERIES, DEV_DEPTH = 50, 20
@@ -57,24 +60,47 @@ def train(
         The last line of the log: step, and with dev sets their nDCG@10 and the best mean so far.
 
     Raises:
-        ValueError: data are malformed, or `output` holds a training by another recipe.
+        ValueError: data are malformed, or `output` holds a training from another start, by another recipe or on other
+        data,
+            is in use, or is damaged.
     """
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    lists = Path(data)
+    with locked(target / "train", "this training's folder"):
+        return _train(start, Path(data), target, config, weights, dev, every, patience, device, progress)
+
+
+def _train(
+    start: str | os.PathLike[str],
+    data: Path,
+    target: Path,
+    config: TrainingConfig,
+    weights: Mapping[str, float] | None,
+    dev: Sequence[str | os.PathLike[str]],
+    every: int,
+    patience: int | None,
+    device: str,
+    progress: bool | None,
+) -> dict[str, Any]:
+    begin = open_checkpoint(start)
+    # What the weights at a step depend on, beside the recipe.
+    identity = {"start": begin.digest(), "data": _data_digest(data), "weights": dict(weights) if weights else None}
+    lists = data
     if not any((lists / f"lists.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
         lists = mine_folder(data, target / "lists", progress=progress)
     training_data = read_training_data(lists, dict(weights) if weights else None)
-    trainer = Trainer(open_checkpoint(start), training_data, config, device)
+    trainer = Trainer(begin, training_data, config, device, identity)
     state, log_path = target / "state.pt", target / "log.jsonl"
     records: list[dict[str, Any]] = []
     if state.is_file():
         trainer.load_state(state)
-        records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
-    log_path.write_text("".join(json.dumps(row) + "\n" for row in records))
-    (target / "recipe.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        records = [row for row in read_records(log_path) if row["step"] <= trainer.step]
+        logger.warning("%s: going on from step %d of %d", target, trainer.step, config.steps)
+    write_records(log_path, records)
+    write_file(target / "recipe.json", json.dumps(asdict(config), indent=1) + "\n")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
-    with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress) as bar:
+    steps = config.steps - trainer.step
+    with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress, steps) as bar:
 
         def look() -> None:
             trainer.save_checkpoint(target / "last")
@@ -83,23 +109,26 @@ def train(
                 mean = sum(scores.values()) / len(sets)
                 log.write(json.dumps({"step": trainer.step, "dev": scores, "dev_mean": mean}) + "\n")
                 log.flush()
-                if _best(_read_log(log_path))[1] == 0:
-                    shutil.rmtree(target / "best", ignore_errors=True)
-                    shutil.copytree(target / "last", target / "best")
+                if _best(read_records(log_path))[1] == 0:
+                    trainer.save_checkpoint(target / "best")
             trainer.save_state(state)
-            plot(_read_log(log_path), target / "progress.png")
+            plot(read_records(log_path), target / "progress.png")
 
-        bar.add_total(config.steps - trainer.step)
         if not records:  # the start itself: a training that only harms must show
             look()
-        while trainer.step < config.steps and (patience is None or _best(_read_log(log_path))[1] < patience):
-            before = trainer.step
-            trainer.train(log, until=trainer.step + every)
-            bar.advance(trainer.step - before)
+        while trainer.step < config.steps and (patience is None or _best(read_records(log_path))[1] < patience):
+            trainer.train(log, until=trainer.step + every, on_step=lambda: bar.advance(1))
             look()
     result = {"step": trainer.step, "output": str(target)}
-    records = _read_log(log_path)
+    records = read_records(log_path)
     return result | ({"best_dev_ndcg": _best(records)[0], **records[-1]} if sets else {})
+
+
+def _data_digest(folder: Path) -> str:
+    """Of every file that training reads there."""
+    stems = ("lists.jsonl", "pairs.jsonl", "documents.jsonl")
+    names = [stem + suffix for stem in stems for suffix in ("", ".gz")] + ["document_vectors.npy", "query_vectors.npy"]
+    return digest(*(part for name in names if (folder / name).is_file() for part in (name, folder / name)))
 
 
 class _DevSet:
@@ -202,8 +231,3 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[float, int]:
     """Best dev mean so far, and how many looks ago it was."""
     means = [row["dev_mean"] for row in records if "dev_mean" in row]
     return (max(means), len(means) - 1 - means.index(max(means))) if means else (float("-inf"), 0)
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-

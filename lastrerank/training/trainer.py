@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 
-from lastrerank import checkpoint as checkpoints
-from lastrerank.checkpoint import Checkpoint
+from lastrerank import saving
+from lastrerank.checkpoint import Checkpoint, read_json
+from lastrerank.kept import digest, partial_name
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import pack
@@ -55,6 +59,31 @@ class TrainingConfig:
     lora_alpha: float = 32.0
     seed: int = 0
 
+    @classmethod
+    def from_file(cls, path: str | Path) -> TrainingConfig:
+        """A recipe: a JSON object of these fields.
+
+        Raises:
+            ValueError: it is no JSON object, or a field is unknown or has a value of another kind; the message names
+            it.
+        """
+        given = read_json(Path(path))
+        kinds = {field.name: field.default for field in fields(cls)}
+        for name, value in given.items():
+            if name not in kinds:
+                raise ValueError(f"{path}: the recipe has {name!r}, expected fields among {sorted(kinds)}")
+            default = kinds[name]
+            numbers = value if isinstance(default, tuple) and isinstance(value, list) else [value]
+            whole = isinstance(default, int)
+            fits = len(numbers) == (len(default) if isinstance(default, tuple) else 1) and all(
+                isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
+                and math.isfinite(number) and number >= 0 for number in numbers
+            )  # fmt: skip
+            if not fits:
+                raise ValueError(f"{path}: the recipe's {name} is {value!r:.80}, expected a value like {default!r}")
+        fitting: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        return cls(**fitting)
+
 
 class Trainer:
     """Trains a checkpoint on lists. State is everything needed to go on exactly: weights, optimiser, step.
@@ -64,14 +93,21 @@ class Trainer:
         data: lists to draw from.
         config: the recipe.
         device: torch device; a GPU trains under bf16 autocast of the linears.
+        identity: of what a training depends on beside the recipe, by digest; a state is of one identity.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, data: TrainingData, config: TrainingConfig, device: str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        data: TrainingData,
+        config: TrainingConfig,
+        device: str = "cpu",
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
+        self.identity = dict(identity or {})
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
-        state = checkpoints.state_dict(checkpoint.config, loaded)
+        state = saving.state_dict(checkpoint.config, loaded)
         self.parameters = {name: t.detach().float().clone() for name, t in state.items()}
         self.low_rank = self._low_rank_updates()
         trained = {n: p for n, p in self.parameters.items() if not self.low_rank or n.startswith("projector.")}
@@ -98,8 +134,10 @@ class Trainer:
         )
         self.step = 0
 
-    def train(self, log: IO[str], *, until: int | None = None) -> None:
-        """Train to the end of the recipe, or to step `until`. Writes a JSON line a step."""
+    def train(
+        self, log: IO[str], *, until: int | None = None, on_step: Callable[[], None] | None = None
+    ) -> None:
+        """Train to the end of the recipe, or to step `until`. Writes a JSON line a step, then calls on_step."""
         config = self.config
         last = config.steps if until is None else min(until, config.steps)
         while self.step < last:
@@ -118,6 +156,8 @@ class Trainer:
             record = {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
             log.write(json.dumps(record | {"tokens_per_s": tokens / seconds}) + "\n")
             log.flush()
+            if on_step is not None:
+                on_step()
 
     def _accumulate(self) -> tuple[dict[str, float], int]:
         """Gradients of one step, summed over its lists; mean losses and tokens."""
@@ -232,6 +272,7 @@ class Trainer:
                     q_norm=p.get(f"{attn}q_norm.weight"),
                     k_norm=p.get(f"{attn}k_norm.weight"),
                     o=p[f"{attn}o_proj.weight"],
+                    o_bias=p.get(f"{attn}o_proj.bias"),
                     post_norm=p[f"{prefix}post_attention_layernorm.weight"],
                     gate_up=torch.cat([p[f"{prefix}mlp.gate_proj.weight"], p[f"{prefix}mlp.up_proj.weight"]]),
                     down=p[f"{prefix}mlp.down_proj.weight"],
@@ -244,32 +285,61 @@ class Trainer:
         )  # fmt: skip
 
     def save_checkpoint(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write the weights as a published-format checkpoint."""
+        """Write the weights as a published-format checkpoint, in one step (see `lastrerank.saving`)."""
         name = str(dtype).removeprefix("torch.")
-        raw = {**self.checkpoint.raw_config, "dtype": name}
+        raw = {n: v for n, v in self.checkpoint.raw_config.items() if n not in ("torch_dtype", "quantization_config")}
+        raw["dtype"] = name
         raw["lastrerank"] = {k: v for k, v in (raw.get("lastrerank") or {}).items() if k != "random"}
         state = {n: t.detach().to("cpu", dtype) for n, t in self.merged().items()}
-        checkpoints.save(folder, raw, self.checkpoint.tokenizer, self.checkpoint.config.max_context, state)
+        source = self.checkpoint
+        limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": source.config.max_context}
+        saving.save(
+            folder, raw, source.tokenizer, limits | dict(source.tokenizer_config), state, python_files=source.folder,
+            hub_id=source.name if "/" in source.name else None,
+        )  # fmt: skip
 
     def save_state(self, path: str | Path) -> None:
-        """Write what `load_state` needs to go on exactly where this trainer is."""
-        partial = Path(path).with_suffix(".partial")
-        state = {"step": self.step, "config": asdict(self.config), "optimizer": self.optimizer.state_dict()}
-        tensors = {n: t.detach() for n, t in (self.parameters | self.low_rank).items()}
-        torch.save(state | {"parameters": tensors}, partial)
-        partial.replace(path)
+        """Write what `load_state` needs to go on exactly where this trainer is; the file is replaced in one step.
+
+        Raises:
+            OSError: it can't be written; the old one is there.
+        """
+        partial = partial_name(Path(path))
+        state: dict[str, Any] = {
+            "step": self.step, "config": asdict(self.config), "identity": self.identity,
+            "optimizer": self.optimizer.state_dict(),
+            "parameters": {n: t.detach() for n, t in (self.parameters | self.low_rank).items()},
+        }  # fmt: skip
+        try:
+            torch.save(state | {"checksum": _checksum(state)}, partial)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.replace(path)
+        except RuntimeError as error:  # PyTorch's, of a full disk
+            raise OSError(f"{path} can't be written: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state.
 
         Raises:
-            ValueError: the state is of another recipe.
+            ValueError: the state is damaged, or of another recipe, start or data.
         """
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            intact = state.pop("checksum") == _checksum(state)
+        except Exception as error:  # whatever PyTorch makes of a damaged file
+            raise ValueError(f"{path} is damaged ({type(error).__name__}): remove it to start anew") from error
+        if not intact:
+            raise ValueError(f"{path} is damaged (its checksum is another): remove it to start anew")
+        for name in sorted(state["identity"].keys() | self.identity.keys()):
+            if state["identity"].get(name) != self.identity.get(name):
+                raise ValueError(f"{path} is of a training with another {name}: name another output, or remove it")
         for field in fields(self.config):
-            if state["config"][field.name] != getattr(self.config, field.name):
+            if state["config"].get(field.name) != getattr(self.config, field.name):
                 raise ValueError(
-                    f"{path} was trained with {field.name} = {state['config'][field.name]!r}, "
+                    f"{path} was trained with {field.name} = {state['config'].get(field.name)!r}, "
                     f"this recipe has {getattr(self.config, field.name)!r}"
                 )
         with torch.no_grad():
@@ -277,6 +347,19 @@ class Trainer:
                 tensor.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def _checksum(value: Any) -> str:
+    """SHA-256 of everything in a nested state."""
+    if isinstance(value, torch.Tensor):
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return digest(str(value.dtype), list(value.shape), hashlib.sha256(raw.data).hexdigest())
+    if isinstance(value, dict):
+        items = sorted(value.items(), key=lambda item: str(item[0]))
+        return digest(*([str(key), _checksum(own)] for key, own in items))
+    if isinstance(value, (list, tuple)):
+        return digest(*map(_checksum, value))
+    return digest(value)
 
 
 def _schedule(step: int, config: TrainingConfig) -> float:

@@ -1,0 +1,146 @@
+"""Documents from files as people have them: text, JSON lines, JSON arrays, tables, gzip, folders, standard input.
+
+What is not text, or not one of these, is refused with a hint, never ranked as if it were.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_LINES, _TABLES = (".jsonl", ".ndjson"), {".csv": ",", ".tsv": "\t"}
+_UTF_BOMS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+             (codecs.BOM_UTF16_BE, "UTF-16"))  # fmt: skip
+_BINARY = (
+    (b"%PDF-", "a PDF: convert it first (pdftotext)"),
+    (b"PK\x03\x04", "a ZIP or an office document: save it as text"),
+    (b"\xd0\xcf\x11\xe0", "an office document: save it as text"),
+)
+
+
+def read_documents(sources: list[Path], column: str = "text") -> tuple[list[Any], list[str]]:
+    """Documents, and a name for each.
+
+    Args:
+        sources: files: `.jsonl` and `.ndjson` hold a document a line (a string, or an object with `text`), `.json` an
+        array
+            of them, `.csv` and `.tsv` a table with a header; any other is one document. With `.gz` after it a file is
+            unpacked. A folder stands for its files. `-` is standard input: a document a line, as text or as JSON.
+        column: of a table.
+
+    Raises:
+        ValueError: a source can't be read, or isn't what it seems; the message names it, and its line.
+    """
+    documents, names = [], []
+    for source in sources:
+        for name, document in _standard_input() if str(source) == "-" else _path(source, column):
+            documents.append(document)
+            names.append(name)
+    return documents, names
+
+
+def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
+    if path.is_dir():
+        files = [entry for entry in sorted(path.rglob("*")) if entry.is_file() and not _is_hidden(entry, path)]
+        if not files:
+            raise ValueError(f"{path}: a folder without files")
+        for entry in files:
+            yield from _path(entry, column)
+        return
+    try:
+        data = path.read_bytes()
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            data, suffix = gzip.decompress(data), Path(path.stem).suffix.lower()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    text = _decoded(data, str(path))
+    if suffix in _LINES:
+        yield from _lines(text, str(path), json_only=True)
+    elif suffix == ".json":
+        value = _json(text, str(path))
+        if not isinstance(value, list):
+            found = type(value).__name__
+            raise ValueError(f"{path}: expected an array of documents, got {found}; lines of JSON end in .jsonl")
+        for number, document in enumerate(value):
+            yield f"{path}[{number}]", _document(document, f"{path}[{number}]")
+    elif suffix in _TABLES:
+        yield from _table(text, path, _TABLES[suffix], column)
+    else:
+        yield path.name, text
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _standard_input() -> Iterator[tuple[str, Any]]:
+    if sys.stdin.isatty():
+        raise ValueError("no documents: name files, or pipe one document a line to stdin")
+    return _lines(_decoded(sys.stdin.buffer.read(), "stdin"), "stdin", json_only=False)
+
+
+def _decoded(data: bytes, source: str) -> str:
+    for start, what in _BINARY:
+        if data.startswith(start):
+            raise ValueError(f"{source}: {what}")
+    for mark, name in _UTF_BOMS:
+        if data.startswith(mark):
+            raise ValueError(f"{source}: {name}, expected UTF-8 (iconv -f {name} -t UTF-8)")
+    if b"\0" in data:
+        raise ValueError(f"{source}: holds zero bytes, so it is no text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: no UTF-8 at byte {error.start}: convert it first (iconv -t UTF-8)") from error
+
+
+def _lines(text: str, source: str, json_only: bool) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line:
+            continue
+        where = f"{source}:{number}"
+        value: Any = line
+        if json_only or line.startswith(("{", '"')):
+            try:
+                value = _json(line, where)
+            except ValueError:
+                if json_only:
+                    raise
+        yield where, _document(value, where)
+
+
+def _table(text: str, path: Path, delimiter: str, column: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if column not in (rows.fieldnames or ()):
+        raise ValueError(f"{path}: a table without a column {column!r}; name one of {rows.fieldnames} with --column")
+    for row in rows:
+        if row[column] is None:
+            raise ValueError(f"{path}:{rows.line_num}: a row without {column!r}")
+        rest = {name: value for name, value in row.items() if name is not None and name not in (column, "text")}
+        yield f"{path}:{rows.line_num}", {"text": row[column], **rest}
+
+
+def _json(text: str, where: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+
+
+def _document(value: Any, where: str) -> Any:
+    if isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("text"), str)):
+        return value
+    raise ValueError(f"{where}: expected a string or an object with 'text', got {str(value)[:60]!r}")

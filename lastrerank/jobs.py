@@ -1,0 +1,178 @@
+"""What the engine keeps of a request, and the queue: who is let in, who is in the next pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lastrerank.prompt import EncodedBlock
+from lastrerank.request import RerankRequest
+from lastrerank.reranker import EncodedRequest
+from lastrerank.texts import Steps
+
+# Jobs that are looked through for a pass.
+_LOOK_AHEAD = 512
+# A request of more than this share of the queue's bound is large: it takes this share of it, and waits alone of its
+# kind.
+LARGE_SHARE = 4
+
+
+class OverloadedError(RuntimeError):
+    """The queue is full. retry_after: seconds after which there should be room."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class BadRequestError(ValueError):
+    """The request can't be served, which only tokenising it has shown."""
+
+
+class TooLongError(BadRequestError):
+    """A text is over its cap and was not to be cut. where: which."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} is longer than its cap and was not to be cut")
+        self.where = where
+
+
+class TooLargeError(BadRequestError):
+    """The request has more tokens than one may have."""
+
+
+class ClosedError(RuntimeError):
+    """The engine takes no more requests."""
+
+
+class DeadlineError(TimeoutError):
+    """The request's deadline passed before its scores were there."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """results: as `Reranker.rerank` returns them. encoded: tokens, blocks and cuts. Seconds: tokenising, waiting for
+    passes, and in passes."""
+
+    results: list[dict[str, Any]]
+    encoded: EncodedRequest
+    tokenise_seconds: float
+    queue_seconds: float
+    inference_seconds: float
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way."""
+
+    request: RerankRequest
+    future: Future[Answer]
+    deadline: float | None
+    reserved: int  # tokens it is counted with, by estimate until it is tokenised
+    refuse_cut: bool = False
+    steps: Steps[EncodedRequest] | None = None
+    encoded: EncodedRequest | None = None
+    ready: float = 0.0
+    tokenise_seconds: float = 0.0
+    inference_seconds: float = 0.0
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def left(self) -> tuple[EncodedBlock, ...]:
+        """Blocks that have not been through a pass."""
+        assert self.encoded is not None
+        return self.encoded.blocks[len(self.hidden) :]
+
+    @property
+    def is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    @property
+    def is_dead(self) -> bool:
+        """Nobody waits for it any more."""
+        return self.future.cancelled() or self.is_late
+
+
+@dataclass
+class Statistics:
+    """Counts since the engine was made."""
+
+    passes: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    busy_seconds: float = 0.0
+    answered: int = 0
+    failed: int = 0
+    refused: int = 0
+    dropped: int = 0
+    splits: int = 0
+
+
+class Queue:
+    """Requests that are not answered: those being tokenised, and `ready` ones, oldest first. Not thread-safe.
+
+    Its bound is in tokens. A large request (more than a quarter of the bound) takes a quarter of it, whatever its size,
+    and only one waits at a time: it can't fill the door for the small ones.
+    """
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self.ready: list[Job] = []
+        self.encoding: set[Job] = set()
+
+    @property
+    def tokens(self) -> int:
+        """Of everything that is not answered."""
+        return sum(job.reserved for job in (*self.ready, *self.encoding))
+
+    def has_room(self, jobs: Sequence[Job]) -> bool:
+        """Whether these may be let in, all of them; an empty queue takes anything."""
+        share = self.max_tokens // LARGE_SHARE
+        waiting = [job.reserved for job in (*self.ready, *self.encoding)]
+        all_of_them = [*waiting, *(job.reserved for job in jobs)]
+        if not waiting:
+            return True
+        one_large = sum(tokens > share for tokens in all_of_them) <= 1
+        return one_large and sum(min(tokens, share) for tokens in all_of_them) <= self.max_tokens
+
+    def next_pass(self, most_tokens: int) -> list[tuple[Job, list[EncodedBlock]]]:
+        """Blocks for a pass of at most `most_tokens` tokens or a single block: one of each ready job in turn. The jobs
+        stay ready; who is served goes behind those who are not, so that a pass too small for all is shared in turn."""
+        chosen: dict[int, list[EncodedBlock]] = {}
+        tokens, turn = 0, 0
+        while True:
+            offered = [(n, job.left[turn]) for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if len(job.left) > turn]
+            fitting = 0
+            for n, block in offered:
+                if chosen and tokens + len(block.ids) > most_tokens:
+                    continue
+                if len(chosen.get(n, ())) == turn:  # an earlier block of this job didn't fit: its order is kept
+                    chosen.setdefault(n, []).append(block)
+                    tokens += len(block.ids)
+                    fitting += 1
+            if not fitting:
+                break
+            turn += 1
+        batch = [(self.ready[n], blocks) for n, blocks in chosen.items()]
+        served = [job for job, _ in batch]
+        self.ready = [job for job in self.ready if job not in served] + served
+        return batch
+
+
+def estimated_tokens(request: RerankRequest, query_cap: int, doc_cap: int) -> int:
+    """Prompt tokens before they are counted: four characters a token, in other scripts than Latin three bytes, cut
+    texts at their caps."""
+
+    def tokens(text: str, cap: int) -> int:
+        head = text[: 8 * cap]
+        return min(len(head) // 4 if head.isascii() else len(head.encode("utf-8", "replace")) // 3, cap)
+
+    count = len(request.documents)
+    fixed = 150 + 2 * tokens(request.query, query_cap) + tokens(request.instruction or "", query_cap)
+    texts = sum(15 + tokens(text, doc_cap) for text in request.texts)
+    return request.orders * (fixed * -(-count // request.block_size) + texts)

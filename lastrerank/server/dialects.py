@@ -1,0 +1,332 @@
+"""Bodies of the rerank interfaces people use, each translated to requests of ours and their answers back.
+
+One body serves Jina, Cohere (v1, v2), vLLM, Voyage, Infinity, llama.cpp and text-embeddings-inference, whose fields
+don't contradict each other. A field is used, known to change nothing, or refused by name; null is as absent. Documents
+that are objects come back as the bytes they came as.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from lastrerank.engine import Answer
+from lastrerank.request import BLOCK_SIZE, RerankRequest
+
+# Clients write true as "true", and whole numbers as 2.0.
+Flag = bool | str | None
+Count = int | float | None
+
+
+class BodyError(ValueError):
+    """A body that can't be served. param: the field."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a body asks for. texts: how many will be scored. render: the answers, and the model's name, as JSON."""
+
+    requests: list[RerankRequest]
+    texts: int
+    param: str
+    model: str | None
+    refuse_cut: bool
+    render: Callable[[Sequence[Answer], str], Any]
+
+
+class TextDocument(Struct):
+    """A document as an object; other fields come back with it."""
+
+    text: str | UnsetType = UNSET
+
+
+class RerankBody(Struct, forbid_unknown_fields=True):
+    """A query and its documents, as Jina, Cohere, vLLM, Voyage, Infinity, llama.cpp and TEI (`texts`) have them.
+
+    The cap of a document is max_doc_length, or one of its other names. Fields that would change a score and aren't
+    computed here are refused unless they ask for nothing.
+    """
+
+    query: str
+    documents: list[str | TextDocument] | None = None
+    texts: list[str] | None = None
+    model: str | None = None
+    top_n: Count = None
+    top_k: Count | UnsetType = UNSET
+    return_documents: Flag = None
+    return_text: Flag = None
+    return_embeddings: Flag = None
+    instruction: str | None = None
+    orders: Count = None
+    block_size: Count = None
+    max_doc_length: Count = None
+    max_tokens_per_doc: Count = None
+    truncate_prompt_tokens: Count = None
+    max_query_length: Count = None
+    truncation: Flag = None
+    truncate: Flag = None
+    truncation_direction: str | None = None
+    rank_fields: list[str] | None = None
+    raw_scores: Flag = None
+    max_chunks_per_doc: Count = None
+    activation: Flag = None
+    user: str | None = None
+    priority: Count = None
+    request_id: str | None = None
+
+
+class _RawDocuments(Struct):
+    documents: list[Raw]
+
+
+class _ObjectDocuments(Struct):
+    documents: list[Any]
+
+
+class ScoreBody(Struct, forbid_unknown_fields=True):
+    """One text against many, or pairs, as vLLM has them; pairs with the same first text are scored as one list."""
+
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    model: str | None = None
+    truncate_prompt_tokens: Count = None
+    activation: Flag = None
+    user: str | None = None
+    priority: Count = None
+
+
+class _Text(Struct):
+    text: str
+
+
+class RankingBody(Struct, forbid_unknown_fields=True):
+    """A query and passages, as NVIDIA's NIM has them."""
+
+    query: _Text
+    passages: list[_Text]
+    model: str | None = None
+    truncate: str | None = None
+
+
+_rerank, _score, _ranking = (msgspec.json.Decoder(kind) for kind in (RerankBody, ScoreBody, RankingBody))
+_raw, _objects = msgspec.json.Decoder(_RawDocuments), msgspec.json.Decoder(_ObjectDocuments)
+
+
+def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -> Call:
+    """A `RerankBody`. documents_back: whether documents come back unless it says otherwise. is_tei: this route answers
+    `texts` with a bare list, as TEI does. most: documents allowed.
+
+    Raises:
+        BodyError: it can't be served.
+    """
+    body: RerankBody = _decoded(_rerank, content)
+    if not body.query:
+        raise BodyError(422, "query is empty", "query")
+    tei = body.texts is not None
+    if tei and (not is_tei or body.documents is not None):
+        raise BodyError(422, "texts: not together with documents, and not on this route", "texts")
+    param = "texts" if tei else "documents"
+    documents = body.texts if tei else body.documents
+    if documents is None:
+        raise BodyError(422, "documents is missing: expected a list of strings or of objects with 'text'", "documents")
+    _check_count(len(documents), most, param)
+    _refuse(body, activation=(None, False), max_chunks_per_doc=(None,))
+    if body.truncation_direction is not None and body.truncation_direction.lower() != "right":
+        raise BodyError(422, f"truncation_direction is {body.truncation_direction!r:.40}, expected 'right'",
+                        "truncation_direction")  # fmt: skip
+    _flag(body, "raw_scores")
+    texts = _texts(documents, body.rank_fields, content)
+    cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
+    back = _flag(body, "return_text" if tei else "return_documents")
+    back = (False if tei else documents_back) if back is None else back
+    embeddings = bool(_flag(body, "return_embeddings"))
+    caps = [_count(body, name) for name in ("max_doc_length", "max_tokens_per_doc", "truncate_prompt_tokens")]
+    top_n, top_k = _count(body, "top_n"), None if body.top_k is UNSET else _count(body, "top_k")
+    request = RerankRequest(
+        body.query, texts, top_n=top_n if top_k is None else top_k if top_n is None else min(top_n, top_k),
+        return_embeddings=embeddings, max_doc_length=min((cap for cap in caps if cap is not None), default=None),
+        max_query_length=_count(body, "max_query_length"), instruction=body.instruction,
+        block_size=_count(body, "block_size") or BLOCK_SIZE, orders=_count(body, "orders") or 1,
+    )  # fmt: skip
+    raw: list[Any] = []
+    if back and not tei:
+        objects = any(not isinstance(document, str) for document in documents)
+        raw = _raw.decode(content).documents if objects else documents
+
+    def render(answers: Sequence[Answer], model: str) -> Any:
+        results = []
+        for found in answers[0].results:
+            row: dict[str, Any] = {"index": found["index"], "relevance_score": found["relevance_score"]}
+            if back and not tei:
+                row["document"] = _as_object(documents[found["index"]], raw[found["index"]])
+            if embeddings:
+                row["embedding"] = found["embedding"].tolist()
+            results.append(row)
+        if tei:
+            own = {"text": texts} if back else {}
+            return [{"index": row["index"], "score": row["relevance_score"],
+                     **{name: values[row["index"]] for name, values in own.items()}} for row in results]  # fmt: skip
+        tokens = sum(answer.encoded.num_tokens for answer in answers)
+        answer = {
+            "id": uuid.uuid4().hex, "model": model, "object": "list", "usage": _usage(answers), "results": results,
+            "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1},
+                     "tokens": {"input_tokens": tokens, "output_tokens": 0}},
+        }  # fmt: skip
+        if body.top_k is not UNSET:  # Voyage's clients read it there, and documents as they were sent
+            sent = ((row, documents[row["index"]]) for row in results)
+            answer["data"] = [
+                row | ({"document": own} if back and isinstance(own, str) else {}) for row, own in sent
+            ]
+        return answer
+
+    return Call([request], len(documents), param, body.model, False in cuts, render)
+
+
+def read_score(content: bytes, most: int) -> Call:
+    """A `ScoreBody`.
+
+    Raises:
+        BodyError: it can't be served.
+    """
+    body: ScoreBody = _decoded(_score, content)
+    _refuse(body, activation=(None, False))
+    first = "text_1" if body.text_1 is not None or body.queries is None else "queries"
+    second = "text_2" if first == "text_1" else "documents"
+    extra = {"text_1", "text_2", "queries", "documents"} - {first, second}
+    for name in (first, second):
+        if getattr(body, name) is None:
+            raise BodyError(422, f"{name} is missing: expected a string or a list of strings", name)
+    for name in extra:
+        if getattr(body, name) is not None:
+            raise BodyError(422, f"{name}: not together with {first} and {second}", name)
+    left, right = ([text] if isinstance(text, str) else text for text in (getattr(body, first), getattr(body, second)))
+    _check_count(min(len(left), len(right)), most, first)
+    left = left * len(right) if len(left) == 1 else left
+    if len(left) != len(right):
+        raise BodyError(422, f"{first} has {len(left)} texts, {second} {len(right)}: expected one, or as many", first)
+    _check_count(len(right), most, second)
+    groups: dict[str, list[int]] = {}
+    for position, text in enumerate(left):
+        groups.setdefault(text, []).append(position)
+    cap = _count(body, "truncate_prompt_tokens")
+    requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
+
+    def render(answers: Sequence[Answer], model: str) -> Any:
+        scores = [0.0] * len(right)
+        for own, got in zip(groups.values(), answers, strict=True):
+            for result in got.results:
+                scores[own[result["index"]]] = result["relevance_score"]
+        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
+        return {"id": uuid.uuid4().hex, "model": model, "object": "list", "usage": _usage(answers), "data": data}
+
+    return Call(requests, len(right), second, body.model, False, render)
+
+
+def read_ranking(content: bytes, most: int) -> Call:
+    """A `RankingBody`.
+
+    Raises:
+        BodyError: it can't be served.
+    """
+    body: RankingBody = _decoded(_ranking, content)
+    _check_count(len(body.passages), most, "passages")
+    if body.truncate not in (None, "END", "NONE"):
+        raise BodyError(422, f"truncate is {body.truncate!r:.40}, expected 'END' or 'NONE'", "truncate")
+
+    def render(answers: Sequence[Answer], model: str) -> Any:
+        rankings = [{"index": r["index"], "logit": r["relevance_score"]} for r in answers[0].results]
+        return {"rankings": rankings, "usage": _usage(answers)}
+
+    request = RerankRequest(body.query.text, [passage.text for passage in body.passages])
+    return Call([request], len(body.passages), "passages", body.model, body.truncate == "NONE", render)
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:
+    try:
+        return decoder.decode(content)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$.")
+        where = path.removesuffix("`") or None
+        if where is not None and where.startswith(("documents[", "texts[", "passages[")):
+            where = where.split(".")[0]
+            message = f"{message}; expected a string{'' if where.startswith('texts') else ' or an object with text'}"
+        if message.startswith("Object contains unknown field"):
+            where = message.split("`")[1]
+            raise BodyError(
+                422, f"{where} is not a field that is known here: it would be ignored, and may change the result", where
+            ) from None
+        raise BodyError(422, f"{where or 'body'}: {message}".replace("`", "'"), where) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BodyError(400, f"the body is no JSON: {error}") from None
+    except RecursionError:
+        raise BodyError(422, "the body is nested too deeply") from None
+
+
+def _check_count(count: int, most: int, param: str) -> None:
+    if count == 0:
+        raise BodyError(400, f"{param} is empty", param)
+    if count > most:
+        raise BodyError(413, f"{param} has {count} texts, at most {most} may be in a request", param)
+
+
+def _texts(documents: Sequence[Any], rank_fields: list[str] | None, content: bytes) -> list[str]:
+    """What is scored of each document: its text, or the values of Cohere's `rank_fields` in their order, a line
+    each."""
+    if rank_fields is not None and rank_fields != ["text"] and not all(isinstance(d, str) for d in documents):
+        texts = []
+        for position, document in enumerate(_objects.decode(content).documents):
+            values = [document] if isinstance(document, str) else [document.get(name) for name in rank_fields]
+            if not all(isinstance(value, str) for value in values):
+                raise BodyError(422, f"documents[{position}]: expected the rank_fields {rank_fields!s:.80} as strings",
+                                f"documents[{position}]")  # fmt: skip
+            texts.append("\n".join(values))
+        return texts
+    for position, document in enumerate(documents):
+        if not isinstance(document, str) and document.text is UNSET:
+            raise BodyError(422, f"documents[{position}]: expected a string or an object with 'text', got an object "
+                            "without", f"documents[{position}]")  # fmt: skip
+    return [document if isinstance(document, str) else document.text for document in documents]
+
+
+def _as_object(document: Any, raw: Any) -> Any:
+    return {"text": document} if isinstance(document, str) else raw
+
+
+def _flag(body: Struct, name: str) -> bool | None:
+    value = getattr(body, name)
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if value is None or isinstance(value, bool):
+        return value
+    raise BodyError(422, f"{name} is {value!r:.40}, expected true or false", name)
+
+
+def _count(body: Struct, name: str) -> int | None:
+    value = getattr(body, name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or value != int(value) or value < 1:
+        raise BodyError(422, f"{name} is {value!r:.40}, expected an integer of at least 1", name)
+    return int(value)
+
+
+def _refuse(body: Struct, **allowed: tuple[Any, ...]) -> None:
+    for name, values in allowed.items():
+        if getattr(body, name) not in values:
+            raise BodyError(422, f"{name} is {getattr(body, name)!r:.40}, which isn't computed here", name)
+
+
+def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+    tokens = sum(answer.encoded.num_tokens for answer in answers)
+    return {"total_tokens": tokens, "prompt_tokens": tokens}

@@ -1,0 +1,90 @@
+"""`/openapi.json`: the routes, from the types that read their bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from lastrerank import __version__
+from lastrerank.server.dialects import RankingBody, RerankBody, ScoreBody
+
+_DOCUMENTS = ["Paris is the capital of France.", "The Rhine is a river."]
+_QUERY = "What is the capital of France?"
+_EXAMPLES: dict[type, dict[str, Any]] = {
+    RerankBody: {
+        "Jina, Cohere, vLLM, Infinity, llama.cpp": {"query": _QUERY, "documents": _DOCUMENTS, "top_n": 1},
+        "objects as documents": {"query": _QUERY, "documents": [{"text": _DOCUMENTS[0], "id": 7}]},
+        "Voyage (the answer has `data`)": {"query": _QUERY, "documents": _DOCUMENTS, "top_k": 1},
+        "text-embeddings-inference (a bare list comes back)": {"query": _QUERY, "texts": _DOCUMENTS},
+    },
+    ScoreBody: {
+        "one against many": {"text_1": _QUERY, "text_2": _DOCUMENTS},
+        "vLLM": {"queries": _QUERY, "documents": _DOCUMENTS},
+    },
+    RankingBody: {"NVIDIA": {"query": {"text": _QUERY}, "passages": [{"text": text} for text in _DOCUMENTS]}},
+}
+_ERRORS = {
+    400: "no documents, or no JSON", 401: "a wrong or missing API key", 404: "no such model",
+    408: "the body came too slowly", 413: "over a limit", 415: "an unknown content-encoding",
+    422: "a malformed request, or a field that isn't known", 429: "overloaded", 500: "a failure with an id",
+    503: "closing", 504: "too late",
+}  # fmt: skip
+_GETS = {
+    "/health": "The process works: passes are run.", "/ready": "Requests are taken: the queue has room.",
+    "/metrics": "Counters for Prometheus.", "/info": "Model, device, caps and limits.",
+    "/v1/models": "The names of the model served.",
+}  # fmt: skip
+
+
+def description(posts: Sequence[str], has_key: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 of the application with these POST routes; `has_key`: whether an API key is wanted."""
+    refs, schemas = msgspec.json.schema_components(
+        list(_EXAMPLES), ref_template="#/components/schemas/{name}"
+    )
+    by_kind = dict(zip(_EXAMPLES, refs, strict=True))
+    schemas["Error"] = {
+        "type": "object", "required": ["error", "detail"],
+        "properties": {
+            "detail": {"type": "string"},
+            "error": {"type": "object", "properties": {
+                "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}}},
+        },
+    }  # fmt: skip
+    failures = {
+        str(code): {"description": text, "content": _json({"$ref": "#/components/schemas/Error"})}
+        for code, text in _ERRORS.items()
+    }
+    secured: list[dict[str, list[str]]] = [{"key": []}] if has_key else []
+    paths: dict[str, Any] = {}
+    for path in posts:
+        kind = ScoreBody if path.endswith("score") else RankingBody if path == "/v1/ranking" else RerankBody
+        examples = {
+            name: {"value": value} for name, value in _EXAMPLES[kind].items()
+            if "texts" not in value or path == "/rerank"
+        }
+        paths[path] = {"post": {
+            "summary": (kind.__doc__ or "").split("\n")[0], "operationId": path.strip("/").replace("/", "_"),
+            "requestBody": {"required": True, "content": {
+                "application/json": {"schema": by_kind[kind], "examples": examples}}},
+            "responses": {"200": {"description": "scores, best first", "content": _json({})}, **failures},
+            "security": secured,
+        }}  # fmt: skip
+    for path, text in _GETS.items():
+        paths[path] = {"get": {
+            "summary": text, "responses": {"200": {"description": text}},
+            "security": secured if path in ("/info", "/v1/models") else [],
+        }}  # fmt: skip
+    components: dict[str, Any] = {"schemas": schemas}
+    if has_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0", "paths": paths, "components": components,
+        "info": {"title": "lastrerank", "version": __version__,
+                 "description": "Last-token listwise reranking. Scores are cosines in [-1, 1]."},
+    }  # fmt: skip
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

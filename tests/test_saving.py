@@ -1,0 +1,229 @@
+"""Saves: what is loaded afterwards is what was saved, whole, whoever reads it and whenever it is interrupted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from lastrerank import Reranker, saving
+from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
+
+DOCUMENTS = ["one document", "another", "a third one"]
+SIZE = {"max_position_embeddings": 4096, "lastrerank": {"max_query_length": 64, "max_doc_length": 256}}
+
+
+def score(reranker):
+    return [r["relevance_score"] for r in sorted(reranker.rerank("query", DOCUMENTS), key=lambda r: r["index"])]
+
+
+def load(folder, **arguments):
+    return Reranker.from_pretrained(folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return write_random_checkpoint(
+        tmp_path_factory.mktemp("other"), "tiny", tokenizer=small_tokenizer(), dtype=torch.float32, seed=5,
+        overrides=SIZE | {"rope_theta": 10.0},
+    )  # fmt: skip
+
+
+def shard(folder):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    where = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({n: state[n] for n in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def exchange_unsupported(monkeypatch):
+    monkeypatch.setattr(saving, "_exchange", lambda new, target: False)
+
+
+@pytest.mark.parametrize("way", ["exchange", "file by file"])
+@pytest.mark.parametrize("kind", ["shards", "int8", "python files", "adapter", "pytorch_model.bin"])
+def test_nothing_of_an_earlier_save_is_left_that_would_win_or_mislead(small, other, tmp_path, monkeypatch, way, kind):
+    target = tmp_path / "target"
+    shutil.copytree(small, target)
+    if kind == "shards":
+        shard(target)
+    elif kind == "int8":
+        load(target, dtype="int8").save_pretrained(target)
+    elif kind == "python files":
+        raw = json.loads((target / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling.X"}}
+        (target / "config.json").write_text(json.dumps(raw))
+        (target / "modeling.py").write_text("stale = True")
+    elif kind == "adapter":
+        (target / "adapter_config.json").write_text("{}")
+        (target / "adapter_model.safetensors").write_bytes(b"")
+    else:
+        (target / "pytorch_model.bin").write_bytes(b"old")
+    (target / "README.md").write_text("the user's own")
+    (target / "logs").mkdir()
+    (target / "logs" / "run.txt").write_text("too")
+    if way != "exchange":
+        exchange_unsupported(monkeypatch)
+    saved = load(other)
+    saved.save_pretrained(target)
+    assert score(load(target)) == score(saved)
+    left = {path.name for path in target.iterdir()}
+    assert left == {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "README.md", "logs"}
+    assert (target / "logs" / "run.txt").read_text() == "too"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]  # nothing beside it
+
+
+def test_model_safetensors_goes_before_an_index_as_in_transformers(small, other, tmp_path):
+    target = tmp_path / "both"
+    shutil.copytree(small, target)
+    shard(target)
+    shutil.copy(other / "model.safetensors", target)
+    theirs = AutoModel.from_pretrained(target).state_dict()["embed_tokens.weight"]
+    assert torch.equal(theirs, load_file(other / "model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(load(target).model.weights.embedding, theirs)
+
+
+def test_a_save_can_be_loaded_by_transformers(small, tmp_path):
+    load(small).save_pretrained(tmp_path / "saved")
+    theirs = AutoModel.from_pretrained(tmp_path / "saved").state_dict()
+    ours = load_file(small / "model.safetensors")
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[f"model.{name}"])
+
+
+def test_int8_is_refused_by_those_who_would_take_it_for_numbers(small, tmp_path):
+    load(small, dtype="int8").save_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match="quant_method"):
+        AutoModel.from_pretrained(tmp_path / "int8")
+    again = load(tmp_path / "int8")  # in float32: the quantised weights
+    again.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert score(load(tmp_path / "plain")) == score(again)
+
+
+def test_rows_of_zeros_and_of_almost_nothing_are_loaded_again(small, tmp_path):
+    """Their scale is a number that can be divided by."""
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    state = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    state[name][3], state[name][4], state[name][5] = 0.0, 1e-44, 3e-38
+    save_file(state, folder / "model.safetensors")
+    int8 = load(folder, dtype="int8")
+    int8.save_pretrained(tmp_path / "int8")
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    assert bool((stored[f"{name}_scale"] >= torch.finfo(torch.float32).tiny).all())
+    assert score(load(tmp_path / "int8", dtype="int8")) == score(int8)
+
+
+def test_python_files_come_along_or_are_named_where_they_are(small, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    raw = json.loads((source / "config.json").read_text())
+    names = {"AutoModel": "modeling.Reranker", "AutoConfig": "elsewhere/repo--configuration.Config"}
+    (source / "config.json").write_text(json.dumps(raw | {"auto_map": names}))
+    (source / "modeling.py").write_text("from .helper import x\nclass Reranker: pass\n")
+    (source / "helper.py").write_text("x = 1\n")
+    (source / "unrelated.py").write_text("raise SystemExit('never run')\n")
+    load(source).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["auto_map"] == names
+    assert sorted(p.name for p in (tmp_path / "saved").glob("*.py")) == ["helper.py", "modeling.py"]
+
+    (source / "helper.py").unlink()  # not all there: as from the Hub, where no code is fetched
+    assert saving._auto_map(names, source, "owner/name") == (
+        {"AutoModel": "owner/name--modeling.Reranker", "AutoConfig": names["AutoConfig"]}, [],
+    )  # fmt: skip
+    load(source).save_pretrained(tmp_path / "local")
+    local = json.loads((tmp_path / "local" / "config.json").read_text())
+    assert local["auto_map"] == {"AutoConfig": names["AutoConfig"]}
+
+
+def test_the_tokenizers_configuration_is_kept(small, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(small, source)
+    limits = {"model_max_length": 4096, "chat_template": "{{ x }}", "pad_token": "<|endoftext|>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(limits))
+    load(source).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()).items() >= limits.items()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_have_the_rights_that_the_umask_gives(small, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        load(small).save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "saved").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path.name
+
+
+@pytest.mark.parametrize("way", ["new", "over another"])
+def test_a_full_disk_leaves_the_folder_as_it_was(small, other, tmp_path, monkeypatch, way):
+    target = tmp_path / "target"
+    if way != "new":
+        shutil.copytree(small, target)
+    before = score(load(small))
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved = load(other)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved.save_pretrained(target)
+    assert [p.name for p in tmp_path.iterdir()] == ([] if way == "new" else ["target"])
+    if way != "new":
+        assert score(load(target)) == before
+
+
+def test_saving_through_a_link_writes_where_it_leads(small, other, tmp_path):
+    shutil.copytree(small, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    load(other).save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and score(load(tmp_path / "real")) == score(load(other))
+
+
+def test_saving_over_the_checkpoint_that_is_served(small, tmp_path):
+    """The file that is mapped is another afterwards, not the same one with other content."""
+    shutil.copytree(small, tmp_path / "model")
+    served = load(tmp_path / "model")
+    before = score(served)
+    load(tmp_path / "model", dtype="bfloat16", backend="reference").save_pretrained(tmp_path / "model")
+    assert score(served) == before
+    served.save_pretrained(tmp_path / "model")
+    assert score(load(tmp_path / "model")) == before
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut off"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_weights_that_are_overwritten_under_a_model_are_noticed(small, other, tmp_path, change, backend):
+    from lastrerank import ops
+
+    if ops.availability(torch.device("cpu"), torch.float32)[backend]:
+        pytest.skip(f"{backend} is not available")
+    shutil.copytree(small, tmp_path / "model")
+    served = load(tmp_path / "model", backend=backend)
+    path = tmp_path / "model" / "model.safetensors"
+    with path.open("r+b") as file:
+        if change == "cut off":
+            file.truncate(1000)
+        else:
+            file.write((other / "model.safetensors").read_bytes())
+    os.utime(path)
+    with pytest.raises(RuntimeError, match=r"model\.safetensors was overwritten while its weights are in use"):
+        score(served)
+    with pytest.raises((RuntimeError, ValueError), match="overwritten|changed"):
+        served.identity()
