@@ -14,12 +14,13 @@ from typing import Any
 
 
 @contextmanager
-def serving(*options: str, first: str = "") -> Iterator[tuple[str, subprocess.Popen[Any]]]:
-    """A server on a free port of loopback, without an API key: its address once it is ready, and its process.
+def serving(*options: str, first: str = "", key: str = "") -> Iterator[tuple[str, subprocess.Popen[Any]]]:
+    """A server on a free port of loopback: its address once it is ready, and its process.
 
     Args:
         options: of `lastrerank serve`.
         first: Python that the process runs first.
+        key: API key that it wants; none by default.
 
     Raises:
         RuntimeError: the process ended before it was ready.
@@ -29,7 +30,7 @@ def serving(*options: str, first: str = "") -> Iterator[tuple[str, subprocess.Po
         port = free.getsockname()[1]
     script = f"{first}\nimport sys; from lastrerank.cli import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", script, "serve", "--port", str(port), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"LASTRERANK_API_KEY": ""})
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"LASTRERANK_API_KEY": key})
     address = f"http://127.0.0.1:{port}"
     try:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -94,3 +95,94 @@ def test_doctor(run, small):
     assert all(difference <= 2e-5 for difference in report["self_check"]["difference"].values())
     done = run("doctor", "--verify", str(small), model=False)
     assert done.returncode == 1 and "verify         FAILED: scores" in done.stdout
+
+
+FILES = {
+    "bom.jsonl": b'\xef\xbb\xbf"one"\n{"text": "two", "id": 7}\n',
+    "a.ndjson": b'"one"\r\n{"text": "two", "id": 7}\r\n',
+    "a.JSONL": b'"one"\n\n{"text": "two", "id": 7}',
+    "a.json": b'["one", {"text": "two", "id": 7}]',
+    "a.csv": b'id,text\n1,one\n2,"two, with\na line"\n',
+    "a.tsv": b"text\tid\none\t1\ntwo\t2\n",
+    "a.jsonl.gz": gzip.compress(b'"one"\n"two"\n'),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_as_people_have_them(run, tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    done = run("rerank", "a query", name, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert len(rows) == 2 and {name.split(":")[0].split("[")[0] for name in (row["name"] for row in rows)} == {name}
+    texts = {row["document"] if isinstance(row["document"], str) else row["document"]["text"] for row in rows}
+    assert "one" in texts and all(text.startswith(("one", "two")) for text in texts)
+
+
+REFUSED = {
+    "utf16.txt": ("text".encode("utf-16"), "UTF-16"),
+    "latin1.txt": (b"caf\xe9", "no UTF-8 at byte 3"),
+    "a.pdf": (b"%PDF-1.4\n", "a PDF"),
+    "a.docx": (b"PK\x03\x04rest", "office document"),
+    "a.bin": (b"abc\0def", "zero bytes"),
+    "a.json": (b'{"text": "x"}', "expected an array of documents"),
+    "b.json": (b"[1]", r"b.json[0]: expected a string or an object"),
+    "c.json": (b'[{"text": "x", "n": NaN}]', "NaN is no JSON"),
+    "a.csv": (b"id,body\n1,x\n", "name one of ['id', 'body'] with --column"),
+    "b.jsonl": (b'"x"\n{"txt": 1}\n', "b.jsonl:2: expected a string or an object"),
+    "a.txt.gz": (b"no gzip", "can't be read"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_text_is_refused_with_a_hint(run, tmp_path, name):
+    content, message = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    done = run("rerank", "a query", name, "--json")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_folders_and_standard_input(run, tmp_path):
+    (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    (tmp_path / "folder" / "b.txt").write_text("one")
+    (tmp_path / "folder" / "deeper" / "a.jsonl").write_text('"two"\n"three"\n')
+    (tmp_path / "folder" / ".hidden").write_bytes(b"\0")
+    done = run("rerank", "a query", "folder", "-", "--json", stdin="four\n")
+    assert done.returncode == 0 and len(json.loads(done.stdout)["results"]) == 4, done.stderr
+    (tmp_path / "empty").mkdir()
+    done = run("rerank", "a query", "empty")
+    assert done.returncode == 2 and "a folder without files" in done.stderr
+
+
+def test_what_stands_in_documents_does_not_reach_the_terminal(run):
+    done = run("rerank", "a\x1b]0;title\x07 query", "-", "--explain", stdin="page \x1b[2J numbers \u202e\x9b31m\n")
+    assert done.returncode == 0
+    assert not any(mark in done.stdout for mark in ("\x1b[2J", "\x1b]", "\x07", "\x9b", "\u202e"))
+    assert "\\x1b[2J" in done.stdout
+    done = run("rerank", "q", "no\x1b[2Jfile")
+    assert done.returncode == 2 and "\x1b" not in done.stderr
+
+
+def test_options_are_those_of_the_api(run, small_reranker):
+    documents = ["one two three four five six", "two", "three"]
+    options = ("--orders", "3", "--block-size", "2", "--max-doc-length", "3", "--max-query-length", "2")
+    done = run("rerank", "a query of words", "-", "--json", "--threads", "1", *options, stdin="\n".join(documents))
+    expected = small_reranker.rerank(
+        "a query of words", documents, orders=3, block_size=2, max_doc_length=3, max_query_length=2
+    )
+    rows = json.loads(done.stdout)["results"]
+    assert [(r["index"], round(r["relevance_score"], 5)) for r in rows] == [
+        (r["index"], round(r["relevance_score"], 5)) for r in expected
+    ]
+
+
+def test_version_convert_and_help(run, small, tmp_path):
+    done = run("--version", model=False)
+    assert done.returncode == 0 and done.stdout.startswith("lastrerank 0")
+    done = run("convert", str(small), "out", "--dtype", "bfloat16", model=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert run("convert", "nowhere", "out", model=False).returncode == 2
+    code = "import sys, lastrerank, lastrerank.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False"

@@ -19,6 +19,7 @@ from lastrerank.engine import (
     DeadlineError,
     Engine,
     OverloadedError,
+    TooLargeError,
     TooLongError,
 )
 
@@ -308,3 +309,127 @@ def test_bad_requests_are_refused_before_they_are_queued(small_reranker):
         assert engine.pending == 0
     with pytest.raises(ValueError, match="max_batch_tokens is 0"):
         Engine(small_reranker, max_batch_tokens=0)
+
+
+def test_a_large_request_waits_without_filling_the_door(slow, documents):
+    """It counts as a quarter of the bound; small ones are let in beside it, another large one is not."""
+    reranker, gate = slow
+    with Engine(reranker, max_batch_tokens=1000, max_queue_tokens=8000, max_request_tokens=10**6) as engine:
+        large = engine.submit(RerankRequest("large", documents[:20] * 10, block_size=10))
+        wait_until(lambda: not engine._queue.encoding)
+        assert engine.queued_tokens > 8000
+        small = [engine.submit(RerankRequest(f"small {i}", ["a short text"])) for i in range(20)]
+        with pytest.raises(OverloadedError):
+            engine.submit(RerankRequest("another large one", documents[:20] * 10, block_size=10))
+        with pytest.raises(OverloadedError):
+            [engine.submit(RerankRequest(f"more {i}", ["a short text"])) for i in range(100)]
+        gate.set()
+        assert all(future.result(60).results for future in small)
+        assert len(large.result(120).results) == 200
+
+
+def test_a_request_has_a_bound_of_its_own(small_reranker):
+    with Engine(small_reranker, max_queue_tokens=500, max_request_tokens=2000) as engine:
+        with pytest.raises(TooLargeError, match="at most 2000 may be in one"):
+            engine.submit({"query": "q", "documents": ["word " * 300] * 20})
+        short = {"query": "q", "documents": ["!?" * 60] * 22}  # more tokens than its characters make one think
+        with pytest.raises(TooLargeError):
+            engine.rerank(short)
+        assert engine.pending == 0 and engine.rerank({"query": "q", "documents": ["x"]}).results
+
+
+@pytest.mark.parametrize("why", ["cancelled", "late", "abandoned"])
+def test_a_pass_that_nobody_waits_for_stops_at_its_next_layer(small_reranker, documents, monkeypatch, why):
+    layers, begun = [], threading.Event()
+    real = small_reranker.read_rows
+
+    def read_rows(blocks, on_layer=None):
+        def slowly(tokens):
+            layers.append(tokens)
+            begun.set()
+            time.sleep(0.3)
+            on_layer(tokens)
+
+        return real(blocks, on_layer=slowly)
+
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    with Engine(small_reranker) as engine:
+        future = engine.submit({"query": "q", "documents": documents[:3]}, 0.2 if why == "late" else None)
+        assert begun.wait(20)
+        if why == "cancelled":
+            assert future.cancel()
+        elif why == "abandoned":
+            engine.abandon()
+        if why != "cancelled":
+            with pytest.raises(ClosedError if why == "abandoned" else DeadlineError):
+                future.result(20)
+        if why != "abandoned":
+            monkeypatch.setattr(small_reranker, "read_rows", real)
+            assert engine.rerank({"query": "next", "documents": documents[:1]}).results
+    assert len(layers) == 1 < small_reranker.config.num_layers
+    assert engine.queued_tokens == 0 and engine.statistics.answered == (why != "abandoned")
+
+
+def test_draining_takes_no_longer_than_it_may(small_reranker, documents, monkeypatch):
+    real = small_reranker.read_rows
+
+    def read_rows(blocks, on_layer=None):
+        return real(blocks, on_layer=lambda tokens: (time.sleep(0.2), on_layer(tokens)))
+
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    engine = Engine(small_reranker, max_batch_tokens=100, max_queue_tokens=10**6)
+    futures = [engine.submit({"query": f"q{i}", "documents": documents[:3]}) for i in range(30)]
+    started = time.perf_counter()
+    engine.close(timeout=1.0)
+    assert time.perf_counter() - started < 3
+    outcomes = [type(future.exception(0)).__name__ for future in futures]
+    assert set(outcomes) <= {"NoneType", "ClosedError"} and outcomes.count("ClosedError") >= 20
+
+
+def test_tokenising_is_shared_by_slices(small_reranker, monkeypatch):
+    """With one thread: a list of thousands of long texts doesn't keep a short one waiting until all are tokenised."""
+    order = []
+    real = small_reranker.encode_by_slices
+
+    def watched(request):
+        def steps():
+            result = yield from real(request)
+            order.append(request.query)
+            return result
+
+        return steps()
+
+    monkeypatch.setattr(small_reranker, "encode_by_slices", watched)
+    with Engine(small_reranker, tokenizer_threads=1, max_request_tokens=10**9) as engine:
+        large = engine.submit({"query": "large", "documents": [f"{i} words and words " * 60 for i in range(600)]})
+        small = engine.submit({"query": "small", "documents": ["x"]})
+        assert small.result(60).results
+        large.cancel()
+    assert order[0] == "small"
+
+
+def test_a_late_request_is_not_tokenised_to_the_end(small_reranker):
+    with Engine(small_reranker, max_request_tokens=10**9) as engine:
+        documents = [f"{i} words and words " * 400 for i in range(3000)]
+        with pytest.raises(DeadlineError):
+            engine.submit({"query": "q", "documents": documents}, timeout=0.05).result(60)
+        assert not engine._queue.encoding
+
+
+def test_called_as_a_reranker_is(small_reranker, documents):
+    with Engine(small_reranker) as engine:
+        answer = engine.rerank("a query", documents[:3], top_n=2)
+        assert [r["index"] for r in answer.results] == [
+            r["index"] for r in small_reranker.rerank("a query", documents[:3], top_n=2)
+        ]
+        with pytest.raises(TypeError, match="documents is missing"):
+            engine.rerank("a query")
+        with pytest.raises(TypeError, match="beside a request"):
+            engine.rerank({"query": "q", "documents": []}, documents)
+        for timeout in (-1, float("nan"), "soon"):
+            with pytest.raises(ValueError, match="timeout is"):
+                engine.rerank("a query", documents[:1], timeout=timeout)
+    for wrong in ({"max_wait": float("nan")}, {"max_wait": -1}, {"tokenizer_threads": 0}, {"max_queue_tokens": True},
+                  {"max_request_tokens": 1.5}):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Engine(small_reranker, **wrong)

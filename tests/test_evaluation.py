@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lastrerank.cli import app
@@ -14,6 +17,7 @@ from lastrerank.evaluation.beir import read_beir
 from lastrerank.evaluation.first_stage import Bm25, bm25_tokens
 from lastrerank.evaluation.report import evaluate
 from lastrerank.evaluation.run import bm25_candidates, evaluate_ranking, ordered, read_trec_run, rerank_run
+from lastrerank.kept import locked
 
 
 @pytest.fixture
@@ -166,3 +170,75 @@ def test_cross_lingual_folders(dataset_folder, tmp_path, small_reranker):
     other = write_dataset(tmp_path / "german", {"d0": "unused"}, {"x": "topic 3"}, {"x": {"d3": 1}})
     report = evaluate(small_reranker, [dataset_folder], tmp_path / "o", split="dev", query_folder=other, top_k=4)
     assert [row["dataset"] for row in report["rows"]] == ["german>toy"] * 2 and report["rows"][0]["queries"] == 1
+
+
+def test_a_run_knows_the_weights_that_made_it(dataset_folder, tmp_path, small, small_reranker, caplog):
+    """The same folder name and other weights, another dtype, backend or cap: refused, never taken for its own."""
+    from lastrerank import Reranker
+
+    dataset = read_beir(dataset_folder, "dev")
+    candidates = bm25_candidates(dataset, 3)
+    path = tmp_path / "run.jsonl"
+    rerank_run(small_reranker, dataset, candidates, path, {})
+    again = rerank_run(small_reranker, dataset, candidates, path, {})
+    assert again.resumed == len(candidates) and "6 of 6 queries were ranked before" in caplog.text
+
+    other = tmp_path / small.name
+    shutil.copytree(small, other)
+    state = load_file(other / "model.safetensors")
+    save_file(state | {"model.norm.weight": state["model.norm.weight"].flip(0)}, other / "model.safetensors")
+    for arguments, what in (({"id_or_path": other}, "digest"), ({"id_or_path": small, "dtype": "bfloat16"}, "backend"),
+                            ({"id_or_path": small, "template": "gguf"}, "digest")):  # fmt: skip
+        reranker = Reranker.from_pretrained(**arguments)
+        with pytest.raises(ValueError, match=f"a run with {what} = "):
+            rerank_run(reranker, dataset, candidates, path, {})
+    with pytest.raises(ValueError, match="a run with max_doc_length = 256, this one has 9"):
+        rerank_run(small_reranker, dataset, candidates, path, {}, max_doc_length=9)
+
+
+def test_a_run_knows_its_texts_and_their_order(dataset_folder, tmp_path, small_reranker):
+    dataset = read_beir(dataset_folder, "dev")
+    candidates = bm25_candidates(dataset, 3)
+    path = tmp_path / "run.jsonl"
+    rerank_run(small_reranker, dataset, candidates, path, {})
+    turned = {query: names[::-1] for query, names in candidates.items()}
+    changed = replace(dataset, documents={name: text + "!" for name, text in dataset.documents.items()})
+    asked = replace(dataset, queries={name: text + "?" for name, text in dataset.queries.items()})
+    for other, lists in ((dataset, turned), (changed, candidates), (asked, candidates)):
+        with pytest.raises(ValueError, match="other candidates or other texts now"):
+            rerank_run(small_reranker, other, lists, path, {})
+
+
+def test_two_runs_do_not_share_a_file(dataset_folder, tmp_path, small_reranker):
+    dataset = read_beir(dataset_folder, "dev")
+    with locked(tmp_path / "run.jsonl", "a test"), pytest.raises(ValueError, match="in use by another process"):
+        rerank_run(small_reranker, dataset, bm25_candidates(dataset, 3), tmp_path / "run.jsonl", {})
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x1c", "\xa0", "\u3000", "\ufeff"])
+def test_lines_end_at_line_feeds_and_fields_at_tabs_and_spaces(tmp_path, mark, small_reranker):
+    first = f"page{mark}one"
+    folder = write_dataset(tmp_path, {first: f"the river{mark}Rhine", "two": "bread"}, {f"q{mark}1": "river"},
+                           {f"q{mark}1": {first: 1}})  # fmt: skip
+    dataset = read_beir(folder, "dev")
+    assert list(dataset.documents) == [first, "two"] and dataset.qrels == {f"q{mark}1": {first: 1}}
+    for resumed in (0, 1):
+        run = rerank_run(small_reranker, dataset, {f"q{mark}1": [first, "two"]}, tmp_path / "run.jsonl", {})
+        assert run.resumed == resumed and sorted(run.ranking[f"q{mark}1"]) == sorted([first, "two"])
+    (tmp_path / "trec").write_bytes(f"q{mark}1 Q0\t{first}  1 2.0 x\r\n\n".encode())
+    if mark not in "\x0b":  # white space in ASCII
+        assert read_trec_run(tmp_path / "trec", dataset, 10) == {f"q{mark}1": [first]}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [("corpus.jsonl", b'{"_id": "1", "text": "a"}\nnot json\n', r"corpus\.jsonl:2"),
+     ("corpus.jsonl", b'{"_id": "1", "text": 5}\n', r"corpus\.jsonl:1: expected '_id' and 'text'"),
+     ("queries.jsonl", b"[1]\n", r"queries\.jsonl:1"), ("queries.jsonl", b"\xff\xfe\n", r"queries\.jsonl:1"),
+     ("qrels/dev.tsv", b"q0\td0\n", r"dev\.tsv:1"), ("qrels/dev.tsv", b"\xff", r"dev\.tsv")],
+)  # fmt: skip
+def test_damaged_datasets_are_named(dataset_folder, tmp_path, file, content, message):
+    shutil.copytree(dataset_folder, tmp_path / "copy")
+    (tmp_path / "copy" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_beir(tmp_path / "copy", "dev")

@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -290,3 +291,128 @@ def test_sanitizers(tmp_path, sanitizers):
     done = subprocess.run([driver, "4", *mode], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout == "0 failures\n"
+
+
+SHAPES = {
+    "linear, other width": lambda n: n.linear(torch.randn(3, 65), n.prepare(torch.randn(64, 64))),
+    "linear into fewer rows": lambda n: n.linear(torch.randn(100, 64), n.prepare(torch.randn(64, 64)), None,
+                                                 torch.empty(2, 64)),
+    "linear, short bias": lambda n: n.linear(torch.randn(3, 8), n.prepare(torch.randn(96, 8)), torch.randn(1)),
+    "linear, flat x": lambda n: n.linear(torch.randn(64), n.prepare(torch.randn(64, 64))),
+    "weight of no inputs": lambda n: n.prepare(torch.randn(64, 0)),
+    "flat weight": lambda n: n.prepare(torch.randn(64)),
+    "integer weight": lambda n: n.prepare(torch.ones(4, 4, dtype=torch.int64)),
+    "rms_norm, short weight": lambda n: n.rms_norm(torch.randn(3, 96), torch.randn(4), 1e-6),
+    "add_rms_norm, fewer rows": lambda n: n.add_rms_norm(torch.randn(9, 64), torch.randn(1, 64), torch.randn(64), 1e-6),
+    "swiglu, odd width": lambda n: n.swiglu(torch.randn(3, 7)),
+    "rope, position beyond": lambda n: rope(n, positions=torch.tensor([0, 1, 10**9, 3])),
+    "rope, position below": lambda n: rope(n, positions=torch.tensor([0, 1, -1, 3])),
+    "rope, fewer positions": lambda n: rope(n, positions=torch.tensor([0])),
+    "rope, other table": lambda n: rope(n, sin=torch.randn(9, 4)),
+    "rope, other norm": lambda n: rope(n, q_weight=torch.randn(8)),
+    "rope, no heads": lambda n: rope(n, num_heads=0, num_kv_heads=0),
+    "rope, other heads": lambda n: rope(n, num_heads=3),
+    "attention, sequence beyond the rows": lambda n: attend(n, cu_seqlens=[0, 10**6], seqlens=(10**6,)),
+    "attention, other lengths": lambda n: attend(n, seqlens=(4, 6)),
+    "attention, backwards": lambda n: attend(n, cu_seqlens=[0, 12, 10], seqlens=(12, -2)),
+    "attention, no key heads": lambda n: attend(n, k=torch.randn(10, 0, 8), v=torch.randn(10, 0, 8)),
+    "attention, other head width": lambda n: attend(n, q=torch.randn(10, 4, 16)),
+    "attention, heads that don't group": lambda n: attend(n, q=torch.randn(10, 3, 8)),
+    "attention, fewer queries": lambda n: attend(n, q=torch.randn(9, 4, 8)),
+    "attention, other values": lambda n: attend(n, v=torch.randn(9, 2, 8)),
+    "attention, other out": lambda n: attend(n, out=torch.empty(2, 4, 8)),
+    "attention, no window": lambda n: attend(n, window=0),
+    "attention, row beyond": lambda n: attend(n, q=torch.randn(2, 4, 8), rows=torch.tensor([1, 10])),
+    "attention, rows backwards": lambda n: attend(n, q=torch.randn(2, 4, 8), rows=torch.tensor([3, 1])),
+    "attention, fewer rows": lambda n: attend(n, rows=torch.tensor([3])),
+}  # fmt: skip
+
+
+def rope(native, positions=None, sin=None, q_weight=None, num_heads=2, num_kv_heads=1):
+    table = torch.randn(9, 8)
+    native.qk_norm_rope(
+        torch.randn(4, 64), q_weight, None, table, table if sin is None else sin,
+        torch.arange(4) if positions is None else positions, num_heads, num_kv_heads, 1e-6,
+    )  # fmt: skip
+
+
+def attend(native, q=None, k=None, v=None, cu_seqlens=(0, 10), seqlens=(10,), window=None, rows=None, out=None):
+    q, k, v = (torch.randn(10, heads, 8) if x is None else x for x, heads in ((q, 4), (k, 2), (v, 2)))
+    native.attention(q, k, v, torch.tensor(cu_seqlens, dtype=torch.int32), seqlens, window, 1.0, rows, out)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+def test_shapes_that_do_not_belong_together_are_refused(name, int8):
+    """Before a pointer is taken: they would be read and written beyond."""
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match=r"\w"):
+        SHAPES[name](NativeOperations(int8))
+
+
+def test_rows_of_almost_nothing_stay_numbers():
+    """In int8 the inverse of a row's largest value must not overflow."""
+    native = NativeOperations(int8=True)
+    weight = native.prepare(torch.randn(8, 64))
+    x = torch.randn(4, 64)
+    x[1], x[2] = 1e-42, 0.0
+    with torch.no_grad():
+        out = native.linear(x, weight)
+    assert out.isfinite().all() and out[1].abs().max() <= 1e-30 and out[2].eq(0).all()
+
+
+STARVED = """
+import resource, sys
+from pathlib import Path
+import torch
+from lastrerank.ops.native import NativeOperations
+torch.set_num_threads(2)
+native, q = NativeOperations(), torch.randn(400_000, 4, 16)
+weight, x = native.prepare(torch.randn(64, 64)), torch.randn(400_000, 64)
+out = torch.empty(400_000, 64)
+cu = torch.tensor([0, len(q)], dtype=torch.int32)
+with torch.no_grad():
+    weight.matmul(x[:64], None, out[:64])
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    free = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20), free[1]))
+    failed = []
+    for call in (lambda: weight.matmul(x, None, out), lambda: native.attention(
+            q, q[:, :2], q[:, 2:], cu, (len(q),), 8, 1.0, out=q)):
+        try:
+            call()
+        except MemoryError as error:
+            failed.append(str(error))
+    resource.setrlimit(resource.RLIMIT_AS, free)
+    right = torch.allclose(weight.matmul(x[:999], None, out[:999]), x[:999] @ weight.unpack().T, atol=1e-3)
+print(failed, right)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
+def test_a_kernel_without_memory_fails_its_pass_alone():
+    """std::bad_alloc doesn't cross the C interface, and the kernels go on working afterwards."""
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == f"{['a native kernel got no memory'] * 2} True"
+
+
+THREADLESS = """
+import resource, torch
+from lastrerank.ops.native import NativeOperations
+torch.set_num_threads(1)
+native = NativeOperations()
+weight, x = native.prepare(torch.randn(64, 64)), torch.randn(4096, 64)
+want = weight.matmul(x, None, None)
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+import lastrerank.ops.native as module
+module.num_threads = lambda: 8
+print(torch.equal(weight.matmul(x, None, None), want))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a user's threads as Linux does")
+def test_kernels_do_with_the_threads_that_there_are():
+    """A thread that can't start (root may always start one) is done without."""
+    done = subprocess.run([sys.executable, "-c", THREADLESS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "True"

@@ -225,5 +225,5 @@ def test_weights_that_are_overwritten_under_a_model_are_noticed(small, other, tm
     os.utime(path)
     with pytest.raises(RuntimeError, match=r"model\.safetensors was overwritten while its weights are in use"):
         score(served)
-    with pytest.raises((RuntimeError, ValueError), match="overwritten|changed"):
+    with pytest.raises((RuntimeError, ValueError), match=r"overwritten|changed"):
         served.identity()

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from typer.testing import CliRunner
 from lastrerank import Reranker
 from lastrerank.checkpoint import open_checkpoint
 from lastrerank.cli import app
+from lastrerank.kept import locked
 from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 from lastrerank.training import run
 from lastrerank.training.data import ListRow, TrainingData, augmented, read_training_data
 from lastrerank.training.losses import disperse_loss, distill_loss, embedding_loss, rank_loss, similar_loss
 from lastrerank.training.mining import Pair, mine_lists
 from lastrerank.training.run import mine_folder
+from lastrerank.training.run import train as run_training
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
 
@@ -282,3 +285,87 @@ def test_mining_and_reading_back(tmp_path):
     (tmp_path / "lists.jsonl").write_text('{"query": "q", "positive": 99, "negatives": []}\n')
     with pytest.raises(ValueError, match=r"lists\.jsonl:1: expected query"):
         read_training_data(tmp_path)
+
+
+def damaged(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut off":
+        del data[len(data) // 2 :]
+    elif how == "empty":
+        data.clear()
+    else:  # one bit of a tensor
+        data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "one bit"])
+def test_a_damaged_state_is_refused(toy, tmp_path, how):
+    training = trainer(toy, steps=2)
+    training.train(io.StringIO(), until=1)
+    training.save_state(tmp_path / "state.pt")
+    damaged(tmp_path / "state.pt", how)
+    with pytest.raises(ValueError, match=r"state\.pt is damaged .*: remove it to start anew"):
+        trainer(toy, steps=2).load_state(tmp_path / "state.pt")
+
+
+def test_a_training_goes_on_from_nothing_else(toy, pairs, tmp_path, caplog):
+    """Another start, other data, another weighing of them: refused by name, and the output is as it was."""
+    folder, _ = pairs
+    config = TrainingConfig(steps=2, lists_per_step=1, hard=1, easy=1)
+    output = tmp_path / "out"
+    run_training(toy[0] / "start", folder, output, config, every=1, progress=False)
+    before = (output / "last" / "model.safetensors").read_bytes()
+
+    other = tmp_path / "other"
+    shutil.copytree(toy[0] / "start", other)
+    raw = (other / "config.json").read_text()
+    (other / "config.json").write_text(raw.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(ValueError, match="training with another start"):
+        run_training(other, folder, output, config, every=1, progress=False)
+    with pytest.raises(ValueError, match="training with another weights"):
+        run_training(toy[0] / "start", folder, output, config, weights={"all": 2.0}, every=1, progress=False)
+    with (folder / "pairs.jsonl").open("a") as lines:
+        lines.write((folder / "pairs.jsonl").read_text().split("\n")[0] + "\n")
+    with pytest.raises(ValueError, match="training with another data"):
+        run_training(toy[0] / "start", folder, output, config, every=1, progress=False)
+    assert (output / "last" / "model.safetensors").read_bytes() == before
+
+
+def test_a_resumed_training_says_so(toy, pairs, tmp_path, caplog):
+    config = TrainingConfig(steps=2, lists_per_step=1, hard=1, easy=1)
+    for _ in range(2):
+        run_training(toy[0] / "start", pairs[0], tmp_path / "out", config, every=1, progress=False)
+    assert "going on from step 2 of 2" in caplog.text
+
+
+def test_two_trainings_do_not_share_a_folder(toy, pairs, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / "train", "a test"), pytest.raises(ValueError, match="in use by another process"):
+        run_training(toy[0] / "start", pairs[0], tmp_path / "out", TrainingConfig(steps=1), progress=False)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(toy, tmp_path, monkeypatch):
+    training = trainer(toy, steps=2)
+    training.save_state(tmp_path / "state.pt")
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def full(*arguments, **keywords):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"state\.pt can't be written"):
+        training.save_state(tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").read_bytes() == before and len(list(tmp_path.glob("*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [("[1]", "expected a JSON object"), ("{", "not JSON"), ('{"stepps": 1}', "the recipe has 'stepps'"),
+     ('{"steps": "3"}', "the recipe's steps is '3'"), ('{"steps": 1.5}', "the recipe's steps"),
+     ('{"steps": true}', "the recipe's steps"), ('{"temperature": 0.1}', "the recipe's temperature"),
+     ('{"temperature": [0.1, NaN]}', "the recipe's temperature"), ('{"learning_rate": -1}', "the recipe's learning_rate")],
+)  # fmt: skip
+def test_recipes_that_are_none(tmp_path, recipe, message):
+    (tmp_path / "recipe.json").write_text(recipe)
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig.from_file(tmp_path / "recipe.json")

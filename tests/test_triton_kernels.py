@@ -74,6 +74,65 @@ else:
         x = randn(dtype, 5, 2 * width, scale=4)
         truth.assert_error_rule(operations.swiglu(x), truth.swiglu(x.double()), truth.swiglu(x))
 
+    def strided(x):
+        """The same values, every other element of a longer tensor whose others are poisoned."""
+        poison = float("nan") if x.is_floating_point() else 2**20
+        wide = torch.full((2 * len(x),), poison, dtype=x.dtype, device=x.device)
+        wide[::2] = x
+        return wide[::2]
+
+    def test_one_dimensional_arguments_may_have_strides():
+        """Norm weights, positions, starts, rows to read and maps: every kernel that takes one."""
+        x, weight, head = randn(torch.float32, 5, 64), randn(torch.float32, 64, offset=1), randn(torch.float32, 16)
+        assert torch.equal(operations.rms_norm(x, strided(weight), 1e-6), operations.rms_norm(x, weight, 1e-6))
+        added = [operations.add_rms_norm(x.clone(), x, w, 1e-6)[1] for w in (weight, strided(weight))]
+        assert torch.equal(*added)
+
+        positions, table = torch.tensor([3, 0, 8, 5, 1], device=DEVICE), randn(torch.float32, 9, 8)
+        rotated = [
+            operations.qk_norm_rope(x.clone(), w, w, table, table, p, 2, 1, 1e-6)
+            for w, p in ((head, positions), (strided(head), strided(positions)))
+        ]
+        assert torch.equal(*rotated)
+
+        q, k, v = randn(torch.float32, 70, 4, 64), randn(torch.float32, 70, 2, 64), randn(torch.float32, 70, 2, 64)
+        cu = torch.tensor([0, 33, 33, 70], dtype=torch.int32, device=DEVICE)
+        rows = torch.tensor([2, 32, 40, 69], device=DEVICE)
+        for window in (None, 7):
+            whole = [operations.attention(q, k, v, c, (33, 0, 37), window, 0.1) for c in (cu, strided(cu))]
+            assert torch.equal(*whole)
+            read = [operations.attention(q[rows], k, v, c, (33, 0, 37), window, 0.1, rows=r)
+                    for c, r in ((cu, rows), (strided(cu), strided(rows)))]  # fmt: skip
+            assert torch.equal(*read)
+
+        hidden, w1, w2 = randn(torch.float32, 7, 64), randn(torch.float32, 32, 64), randn(torch.float32, 32, 32)
+        maps = [torch.tensor(m, device=DEVICE) for m in ([0, 1, 3, 4], [2, 5], [0, 0, 1, 1], [0, 0])]
+        plain = operations.score(hidden, *maps, weight, w1, w2, 1e-6)
+        for a, b in zip(plain, operations.score(hidden, *map(strided, maps), strided(weight), w1, w2, 1e-6), strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda: operations.rms_norm(randn(torch.float32, 3, 64), randn(torch.float32, 4), 1e-6),
+            lambda: operations.add_rms_norm(*(randn(torch.float32, n, 64) for n in (9, 1)), torch.ones(64), 1e-6),
+            lambda: operations.swiglu(randn(torch.float32, 3, 7)),
+            lambda: operations.qk_norm_rope(randn(torch.float32, 4, 64), torch.ones(8), None, torch.ones(9, 8),
+                                            torch.ones(9, 8), torch.arange(4), 2, 1, 1e-6),
+            lambda: operations.attention(*(randn(torch.float32, 9, h, 64) for h in (3, 2, 2)), torch.tensor([0, 9]),
+                                         (9,), None, 1.0),
+            lambda: operations.attention(*(randn(torch.float32, n, 2, 64) for n in (8, 9, 9)), torch.tensor([0, 9]),
+                                         (9,), None, 1.0),
+            lambda: operations.attention(*(randn(torch.float32, 9, 2, d) for d in (64, 128, 128)),
+                                         torch.tensor([0, 9]), (9,), None, 1.0),
+            lambda: operations.score(randn(torch.float32, 7, 64), torch.arange(4), torch.arange(2), torch.zeros(3).long(),
+                                     torch.zeros(2).long(), torch.ones(64), torch.ones(8, 64), torch.ones(8, 8), 1e-6),
+        ],
+    )  # fmt: skip
+    def test_shapes_that_do_not_belong_together_are_refused(call):
+        with pytest.raises((ValueError, RuntimeError), match="shape"):
+            call()
+
     def assert_quantized(rows, expected):
         """Scales from the largest of each row, values rounded to nearest: e4m3 has 3 bits, and 2^-9 is its least."""
         values, scale = rows

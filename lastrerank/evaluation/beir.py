@@ -59,8 +59,8 @@ def read_beir(
         if not line:
             continue
         fields = line.split("\t")
-        if number == 0 and not fields[-1].lstrip("-").isdigit():
-            continue
+        if number == 0 and len(fields) == 3 and not fields[2].lstrip("-").isdigit():
+            continue  # a header
         if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
             raise ValueError(f"{path}:{number + 1}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r:.80}")
         if fields[1] not in documents:

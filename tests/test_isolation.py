@@ -1,0 +1,180 @@
+"""Scores depend on inputs alone: not on what else the process has set, nor on whether it was forked, pickled or copied."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lastrerank import Reranker
+from lastrerank.isolation import isolated
+
+QUERY, DOCUMENTS = "how do I print", ["Press Ctrl+P to print.", "Cells hold numbers.", "漢字の文書 " * 40, ""]
+
+
+def scores(reranker, **options):
+    found = reranker.rerank(QUERY, DOCUMENTS, return_embeddings=True, **options)
+    return [(r["index"], r["relevance_score"], r["embedding"].tobytes()) for r in found]
+
+
+@contextlib.contextmanager
+def put(set_value, value, before):
+    set_value(value)
+    try:
+        yield
+    finally:
+        set_value(before)
+
+
+def states():
+    """Every state of the process that PyTorch's own operations would follow."""
+    yield "float64", lambda: put(torch.set_default_dtype, torch.float64, torch.float32)
+    yield "bfloat16", lambda: put(torch.set_default_dtype, torch.bfloat16, torch.float32)
+    yield "default device", lambda: torch.device("meta")
+    yield "autocast", lambda: torch.autocast("cpu", torch.bfloat16)
+    yield "no grad", torch.no_grad
+    yield "grad", torch.enable_grad
+    yield "inference mode", torch.inference_mode
+    yield "deterministic", lambda: put(torch.use_deterministic_algorithms, True, False)
+    yield "products", lambda: put(torch.set_float32_matmul_precision, "medium", "highest")
+    yield "math attention", lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    yield "anomaly detection", torch.autograd.detect_anomaly
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("name", dict(states()))
+def test_state_set_elsewhere_changes_nothing(small, backend, name):
+    from lastrerank import ops
+
+    if ops.availability(torch.device("cpu"), torch.float32)[backend]:
+        pytest.skip(f"{backend} is not available")
+    reranker = Reranker.from_pretrained(small, backend=backend)
+    expected = scores(reranker)
+    with dict(states())[name]():
+        assert scores(reranker) == expected
+        again = Reranker.from_pretrained(small, backend=backend)
+        assert scores(again) == expected
+    assert scores(again) == expected
+
+
+def test_what_is_set_for_a_pass_is_put_back():
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        with contextlib.suppress(ZeroDivisionError), isolated(torch.device("cpu")):
+            assert torch.backends.cuda.flash_sdp_enabled() and torch.is_inference_mode_enabled()
+            1 / 0
+        assert torch.get_float32_matmul_precision() == "medium" and not torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.set_float32_matmul_precision("highest")
+
+
+FORKED = """
+import os, sys, threading, time
+import torch
+torch.set_num_threads(2)
+from lastrerank import Reranker
+from lastrerank.engine import ClosedError, Engine
+folder, backend = sys.argv[1:]
+documents = [f"document {i} about trains, rivers and bridges " * 6 for i in range(40)]
+reranker = Reranker.from_pretrained(folder, backend=backend)
+get = lambda found: [round(r["relevance_score"], 5) for r in sorted(found, key=lambda r: r["index"])]
+want = get(reranker.rerank("rivers", documents))
+busy, stop = threading.Event(), False
+def others():  # a thread that tokenises and computes while the process forks
+    n = 0
+    while not stop:
+        reranker.rerank(f"query {n}", [f"text {n} {i} " * 30 for i in range(6)])
+        n += 1
+        busy.set()
+thread = threading.Thread(target=others); thread.start(); busy.wait()
+parents = Engine(reranker)
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        ok = get(reranker.rerank("rivers", documents)) == want
+        with Engine(reranker) as engine:
+            ok &= get(engine.rerank("rivers", documents).results) == want
+        try:
+            parents.rerank("rivers", documents)
+            ok = False
+        except ClosedError as error:
+            ok &= "make an Engine in this one" in str(error)
+        parents.close()
+        os._exit(0 if ok else 3)
+    children.append(child)
+end = time.monotonic() + 90
+codes = []
+for child in children:
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            codes.append(os.waitstatus_to_exitcode(status)); break
+        if time.monotonic() > end:
+            os.kill(child, 9); os.waitpid(child, 0); codes.append("hung"); break
+        time.sleep(0.02)
+stop = True
+thread.join()
+assert get(parents.rerank("rivers", documents).results) == want
+parents.close()
+print(codes)
+"""
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_forked_child_reranks(small, backend):
+    """Also one that was forked while another thread was tokenising and in the kernels; its parent goes on, too."""
+    from lastrerank import ops
+
+    if ops.availability(torch.device("cpu"), torch.float32)[backend]:
+        pytest.skip(f"{backend} is not available")
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(small), backend], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == "[0, 0, 0]"
+
+
+def _in_another_process(reranker):
+    return [r["relevance_score"] for r in reranker.rerank(QUERY, DOCUMENTS)]
+
+
+def test_pickled_copied_and_spawned(small, tmp_path):
+    reranker = Reranker.from_pretrained(small, dtype="float32", backend="reference", template="gguf")
+    expected = scores(reranker)
+    again = pickle.loads(pickle.dumps(reranker))
+    assert again is not reranker and scores(again) == expected and again.backend == "reference"
+    assert copy.deepcopy({"model": reranker})["model"] is reranker
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_in_another_process, (reranker,)) == [score for _, score, _ in expected]
+
+
+def test_a_pickle_does_not_load_other_weights(small, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(small, folder)
+    kept = pickle.dumps(Reranker.from_pretrained(folder))
+    raw = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(raw.replace("1000000.0", "10.0"))
+    with pytest.raises(ValueError, match="not the checkpoint that the pickled Reranker had loaded"):
+        pickle.loads(kept)
+
+
+def test_the_identity_tells_apart_what_changes_scores(small, tiny_windowed):
+    plain = Reranker.from_pretrained(small).identity()
+    others = [Reranker.from_pretrained(small, **a).identity() for a in
+              ({"dtype": "bfloat16"}, {"backend": "reference"}, {"template": "gguf"})]  # fmt: skip
+    others.append(Reranker.from_pretrained(tiny_windowed).identity())
+    assert all(other != plain for other in others) and Reranker.from_pretrained(small).identity() == plain
+    assert set(plain) == {"model", "digest", "dtype", "backend"} and len(plain["digest"]) == 64
