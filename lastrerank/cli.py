@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ RevisionOption = Annotated[str | None, typer.Option(help="Of a Hub id: branch, t
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, float8.")]
 BackendOption = Annotated[str, typer.Option(help="auto or the name of a backend (see doctor).")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: PyTorch's.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: PyTorch's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Show tokens per document, blocks and timings.")]
 
@@ -235,17 +236,21 @@ def serve(
         from lastrerank.server.limits import Limits
 
         for name, seconds in (("--keep-alive", keep_alive), ("--drain-timeout", drain_timeout)):
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(f"{name} is {seconds}, expected seconds, 0 or more")
+            if not (math.isfinite(seconds) and 0 <= seconds <= 86_400):
+                raise ValueError(f"{name} is {seconds}, expected seconds, 0 to 86400")
+        if not root_path.isascii():
+            raise ValueError(f"--root-path is {root_path!r}, expected ASCII: encode it as in a URL")
         limits = Limits(
             max_body=max_body, max_total_body=max_total_body, max_documents=max_documents,
             max_connections=max_connections, request_seconds=request_timeout,
         )  # fmt: skip
         if (ssl_certfile is None) != (ssl_keyfile is None):
             raise ValueError("--ssl-certfile and --ssl-keyfile: expected both or none")
-        for file in (ssl_certfile, ssl_keyfile):
-            if file is not None and not Path(file).is_file():
-                raise ValueError(f"{file}: no such file")
+        if ssl_certfile is not None:
+            try:
+                ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(ssl_certfile, ssl_keyfile)
+            except OSError as error:
+                raise ValueError(f"{ssl_certfile} and {ssl_keyfile}: no certificate and key: {error}") from error
         bound = listen.bind(host, port, uds)  # before the model, so that a taken port shows at once
         from lastrerank import Reranker
         from lastrerank.engine import Engine
@@ -266,7 +271,7 @@ def serve(
     names = [loaded.checkpoint.name, *(model_name or ())]
     application = create_app(
         engine, model_name=[*(model_name or ())[:1], *names], any_model=any_model, limits=limits,
-        api_key=os.environ.get("LASTRERANK_API_KEY") or None, allow_origins=allow_origin or (),
+        api_key=os.environ.get("LASTRERANK_API_KEY", "").strip() or None, allow_origins=allow_origin or (),
         drain_seconds=drain_timeout,
     )  # fmt: skip
     entry = {"message": "ready", "model": names, "address": listen.address(bound),

@@ -10,7 +10,9 @@ import csv
 import gzip
 import io
 import json
+import math
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         suffix = path.suffix.lower()
         if suffix == ".gz":
             data, suffix = gzip.decompress(data), Path(path.stem).suffix.lower()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     text = _decoded(data, str(path))
     if suffix in _LINES:
@@ -120,22 +122,34 @@ def _lines(text: str, source: str, json_only: bool) -> Iterator[tuple[str, Any]]
 
 def _table(text: str, path: Path, delimiter: str, column: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if column not in (rows.fieldnames or ()):
-        raise ValueError(f"{path}: a table without a column {column!r}; name one of {rows.fieldnames} with --column")
-    for row in rows:
-        if row[column] is None:
-            raise ValueError(f"{path}:{rows.line_num}: a row without {column!r}")
-        rest = {name: value for name, value in row.items() if name is not None and name not in (column, "text")}
-        yield f"{path}:{rows.line_num}", {"text": row[column], **rest}
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = list(rows.fieldnames or ())
+        if column not in names:
+            raise ValueError(f"{path}: a table without a column {column!r}; name one of {names} with --column")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: two columns of one name among {names}")
+        for row in rows:
+            if row[column] is None or None in row:
+                raise ValueError(f"{path}:{rows.line_num}: a row of another number of columns than the header's")
+            rest = {name: value for name, value in row.items() if name not in (column, "text")}
+            yield f"{path}:{rows.line_num}", {"text": row[column], **rest}
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: {error}") from error
 
 
 def _json(text: str, where: str) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
 
+    def number(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else refuse(digits)
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, parse_float=number)
+        if "\\ud" in text.lower():  # half of a pair has no UTF-8
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
 

@@ -101,6 +101,7 @@ class Engine:
         self._tokenizers = ThreadPoolExecutor(tokenizer_threads, thread_name_prefix="lastrerank-tokenise")
         self._thread = threading.Thread(target=self._run, name="lastrerank-engine", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch, name="lastrerank-deadlines", daemon=True).start()
 
     # What callers use
 
@@ -133,14 +134,15 @@ class Engine:
         if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
             raise ValueError(f"timeout is {timeout!r}, expected seconds, 0 or more")
         deadline = None if timeout is None else time.monotonic() + timeout
-        jobs = []
+        jobs: list[Job] = []
         for request in requests:
             checked = RerankRequest.of(request)
             caps = self.reranker.check_caps(checked)
             # The caller's list may change before it is tokenised.
             checked = replace(checked, documents=tuple(checked.documents))
             jobs.append(Job(checked, Future(), deadline, estimated_tokens(checked, *caps), refuse_cut))
-            self._check_size(jobs[-1])
+            jobs[-1].group = jobs[0]
+        self._check_size(sum(job.reserved for job in jobs))
         with self._condition:
             if self._closing:
                 raise ClosedError("the engine is closing")
@@ -151,6 +153,7 @@ class Engine:
             for job in jobs:
                 self._queue.encoding.add(job)
                 self._tokenizers.submit(self._encode, job)
+            self._condition.notify_all()
         return [job.future for job in jobs]
 
     def rerank(
@@ -207,7 +210,8 @@ class Engine:
 
     def close(self, drain: bool = True, timeout: float | None = None) -> None:
         """Take no more requests; answer those that are queued, within `timeout` seconds if given, and fail the others,
-        or with drain=False all of them. Returns when done: a running pass stops at its next layer."""
+        or with drain=False all of them. Returns when done, with a timeout at most a second after it: a running pass
+        stops at its next layer."""
         if os.getpid() != self._process:
             return
         end = None if timeout is None else time.monotonic() + timeout
@@ -220,8 +224,9 @@ class Engine:
         if drain:
             self._thread.join(None if end is None else max(0.0, end - time.monotonic()))
         self.abandon()
-        self._thread.join()
-        self._tokenizers.shutdown(wait=True)
+        # A layer of a very long block takes long; both threads end with the process whatever they are at.
+        self._thread.join(None if timeout is None else 1.0)
+        self._tokenizers.shutdown(wait=timeout is None, cancel_futures=True)
 
     def abandon(self) -> None:
         """Take no more requests and fail those that are not answered with `ClosedError`, now."""
@@ -280,15 +285,31 @@ class Engine:
     def _checked(self, job: Job, encoded: Any) -> Any:
         if job.refuse_cut and (encoded.query_cut or any(encoded.cut)):
             raise TooLongError("query" if encoded.query_cut else f"documents[{encoded.cut.index(True)}]")
-        job.reserved = encoded.num_tokens
-        self._check_size(job)
+        self._check_size(encoded.num_tokens)
         return encoded
 
-    def _check_size(self, job: Job) -> None:
-        if job.reserved > self.max_request_tokens:
+    def _check_size(self, tokens: int) -> None:
+        if tokens > self.max_request_tokens:
             raise TooLargeError(
-                f"the request has about {job.reserved} tokens, at most {self.max_request_tokens} may be in one"
+                f"the request has about {tokens} tokens, at most {self.max_request_tokens} may be in one"
             )
+
+    # The thread that watches deadlines: a pass may take longer than there is time
+
+    def _watch(self) -> None:
+        with self._condition:
+            while self._thread.is_alive() and not self._abandoned:
+                self._drop_late()
+                jobs = (*self._queue.ready, *self._queue.encoding)
+                nearest = min((job.deadline for job in jobs if job.deadline is not None), default=None)
+                # With nothing to wait for, whoever comes next or closes the engine notifies.
+                self._condition.wait(None if nearest is None else max(0.0, nearest - time.monotonic()) + 1e-3)
+
+    def _drop_late(self) -> None:
+        """Fail jobs whose time is up. Holds the condition."""
+        for job in [job for job in (*self._queue.ready, *self._queue.encoding) if job.is_late]:
+            self._queue.remove(job)
+            self._finish(job, error=DeadlineError("the deadline passed before there was an answer"))
 
     # The thread that runs passes
 
@@ -327,24 +348,32 @@ class Engine:
 
     def _drop_dead(self) -> None:
         """Remove cancelled and late jobs. Holds the condition."""
-        for job in [job for job in self._queue.ready if job.is_dead]:
-            self._queue.ready.remove(job)
-            late = DeadlineError("the deadline passed while the request was queued")
-            self._finish(job, error=None if job.future.cancelled() else late)
+        self._drop_late()
+        for job in [job for job in self._queue.ready if job.future.cancelled()]:
+            self._queue.remove(job)
+            self._finish(job)
 
-    def _next_pass(self) -> list[tuple[Job, list[EncodedBlock]]]:
+    def _next_pass(self, without: Sequence[Job] = ()) -> list[tuple[Job, list[EncodedBlock]]]:
         """Holds the condition."""
-        return self._queue.next_pass(1 if self.reranker.deterministic else self.max_batch_tokens)
+        return self._queue.next_pass(1 if self.reranker.deterministic else self.max_batch_tokens, without)
 
     def _pass(self, batch: list[tuple[Job, list[EncodedBlock]]]) -> None:
         """Run a pass and finish the jobs it completes. One that doesn't fit in memory is split; one that fails is
-        repeated job by job, so that who fails, fails alone."""
+        repeated job by job, so that who fails, fails alone. Between the layers of a block that is longer than a pass,
+        passes of others are run."""
         started = time.monotonic()
         blocks = [block for _, own in batch for block in own]
+        is_long = sum(len(block.ids) for block in blocks) > self.max_batch_tokens
 
         def on_layer(tokens: int) -> None:
             if self._abandoned or all(job.is_dead for job, _ in batch):
                 raise _StoppedError
+            if is_long:
+                with self._condition:
+                    self._drop_dead()
+                    others = self._next_pass(without=[job for job, _ in batch])
+                if others and sum(len(block.ids) for _, own in others for block in own) <= self.max_batch_tokens:
+                    self._pass(others)
 
         try:
             parts = self.reranker.read_rows(blocks, on_layer=on_layer)

@@ -75,6 +75,7 @@ class Job:
     deadline: float | None
     reserved: int  # tokens it is counted with, by estimate until it is tokenised
     refuse_cut: bool = False
+    group: Job | None = None  # the first of those that came in one call, which count as one request
     steps: Steps[EncodedRequest] | None = None
     encoded: EncodedRequest | None = None
     ready: float = 0.0
@@ -133,20 +134,29 @@ class Queue:
     def has_room(self, jobs: Sequence[Job]) -> bool:
         """Whether these may be let in, all of them; an empty queue takes anything."""
         share = self.max_tokens // LARGE_SHARE
-        waiting = [job.reserved for job in (*self.ready, *self.encoding)]
-        all_of_them = [*waiting, *(job.reserved for job in jobs)]
-        if not waiting:
+        if not self.ready and not self.encoding:
             return True
-        one_large = sum(tokens > share for tokens in all_of_them) <= 1
-        return one_large and sum(min(tokens, share) for tokens in all_of_them) <= self.max_tokens
+        requests: dict[int, int] = {}
+        for job in (*self.ready, *self.encoding, *jobs):
+            requests[id(job.group or job)] = requests.get(id(job.group or job), 0) + job.reserved
+        one_large = sum(tokens > share for tokens in requests.values()) <= 1
+        return one_large and sum(min(tokens, share) for tokens in requests.values()) <= self.max_tokens
 
-    def next_pass(self, most_tokens: int) -> list[tuple[Job, list[EncodedBlock]]]:
+    def remove(self, job: Job) -> None:
+        """Of a job that is there."""
+        if job in self.encoding:
+            self.encoding.remove(job)
+        else:
+            self.ready.remove(job)
+
+    def next_pass(self, most_tokens: int, without: Sequence[Job] = ()) -> list[tuple[Job, list[EncodedBlock]]]:
         """Blocks for a pass of at most `most_tokens` tokens or a single block: one of each ready job in turn. The jobs
         stay ready; who is served goes behind those who are not, so that a pass too small for all is shared in turn."""
         chosen: dict[int, list[EncodedBlock]] = {}
         tokens, turn = 0, 0
+        there = [(n, job) for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if job not in without]
         while True:
-            offered = [(n, job.left[turn]) for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if len(job.left) > turn]
+            offered = [(n, job.left[turn]) for n, job in there if len(job.left) > turn]
             fitting = 0
             for n, block in offered:
                 if chosen and tokens + len(block.ids) > most_tokens:

@@ -72,7 +72,8 @@ def scores(folder: Path) -> list[float]:
 
 
 def save(root: Path, kills: int) -> dict[str, object]:
-    """Two checkpoints that take each other's place: what loads is one of them, whole, and the user's files are there."""
+    """Two checkpoints that take each other's place: what loads is one of them, whole, and the user's files are
+    there."""
     folders = [checkpoint(root / str(seed), seed, rope_theta=theta) for seed, theta in ((1, 1e6), (2, 10.0))]
     models = [Reranker.from_pretrained(folder, backend="reference") for folder in folders]
     whole = [scores(folder) for folder in folders]
@@ -114,7 +115,7 @@ def evaluate(root: Path, kills: int) -> dict[str, object]:
     rng = random.Random(0)
     for number in range(kills):
         at_work += killed_at(lambda: job(path), rng.uniform(0, 0.5 * seconds))
-        if number % 4 == 3 or path.exists() and path.read_text() == whole:
+        if number % 4 == 3 or (path.exists() and path.read_text() == whole):
             job(path)
             if path.read_text() != whole:
                 wrong.append(f"after {number + 1} kills another run")

@@ -224,18 +224,22 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(small_reranker, documents, 
 def test_all_of_several_requests_or_none(slow, documents):
     reranker, gate = slow
     with Engine(reranker, max_queue_tokens=3000) as engine:
-        first = engine.submit({"query": "q", "documents": documents[:1]})
-        queued = engine.queued_tokens
         many = [{"query": f"q{i}", "documents": documents[:2]} for i in range(40)]
-        with pytest.raises(OverloadedError):
-            engine.submit_many(many)
+        first = engine.submit_many(many)
         wait_until(lambda: not engine._queue.encoding)
-        assert engine.pending == 1 and engine.queued_tokens <= queued + 200
+        queued = engine.queued_tokens
+        with pytest.raises(OverloadedError):  # together they are a large request, as the first are
+            engine.submit_many(many)
+        one = engine.submit(many[0])  # which leaves the door open for small ones
+        wait_until(lambda: not engine._queue.encoding)
+        assert engine.pending == 41 and queued < engine.queued_tokens < queued + 1000
         with pytest.raises(ValueError, match="query is empty"):
             engine.submit_many([many[0], {"query": "", "documents": []}])
-        assert engine.pending == 1
+        with pytest.raises(TooLargeError):
+            engine.submit_many(many * 20)
+        assert engine.pending == 41
         gate.set()
-        assert first.result(60).results
+        assert all(future.result(60).results for future in (*first, one))
 
 
 def test_what_only_tokenising_shows(small_reranker, documents, monkeypatch):
@@ -433,3 +437,47 @@ def test_called_as_a_reranker_is(small_reranker, documents):
                   {"max_request_tokens": 1.5}):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Engine(small_reranker, **wrong)
+
+
+def test_a_deadline_is_kept_while_a_long_pass_runs(slow, documents):
+    """It is not found out after the pass."""
+    reranker, gate = slow
+    with Engine(reranker) as engine:
+        first = engine.submit({"query": "first", "documents": documents[:2]})
+        wait_until(lambda: not engine._queue.encoding)
+        started = time.perf_counter()
+        for query in ("queued", "first too"):
+            with pytest.raises(DeadlineError):
+                engine.submit({"query": query, "documents": documents[:1]}, timeout=0.2).result(10)
+        assert time.perf_counter() - started < 8
+        gate.set()
+        assert first.result(60).results
+        assert engine.queued_tokens == 0
+
+
+def test_between_the_layers_of_a_long_block_others_are_served(small_reranker, documents, monkeypatch):
+    """A block longer than a pass can't be divided; who waits beside it is answered before it is done, rightly."""
+    real, begun, order = small_reranker.read_rows, threading.Event(), []
+
+    def read_rows(blocks, on_layer=None):
+        def slowly(tokens):
+            begun.set()
+            time.sleep(0.2)
+            on_layer(tokens)
+
+        return real(blocks, on_layer=slowly)
+
+    large = RerankRequest("large", documents[:20])
+    expected = {"large": small_reranker.rerank_many([large])[0]}
+    small = [RerankRequest(f"small {i}", documents[i : i + 2]) for i in range(3)]
+    expected |= {request.query: small_reranker.rerank_many([request])[0] for request in small}
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    with Engine(small_reranker, max_batch_tokens=1500, max_queue_tokens=10**5) as engine:
+        futures = {"large": engine.submit(large)}
+        assert begun.wait(20)
+        futures |= {request.query: engine.submit(request) for request in small}
+        for name, future in futures.items():
+            future.add_done_callback(lambda _, name=name: order.append(name))
+        for name, future in futures.items():
+            assert_same(future.result(60).results, expected[name])
+    assert order[-1] == "large" and engine.statistics.answered == 4

@@ -1,4 +1,5 @@
-"""Scores depend on inputs alone: not on what else the process has set, nor on whether it was forked, pickled or copied."""
+"""Scores depend on inputs alone: not on what else the process has set, nor on whether it was forked, pickled or
+copied."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ def test_what_is_set_for_a_pass_is_put_back():
     try:
         with contextlib.suppress(ZeroDivisionError), isolated(torch.device("cpu")):
             assert torch.backends.cuda.flash_sdp_enabled() and torch.is_inference_mode_enabled()
-            1 / 0
+            raise ZeroDivisionError
         assert torch.get_float32_matmul_precision() == "medium" and not torch.backends.cuda.flash_sdp_enabled()
     finally:
         torch.backends.cuda.enable_flash_sdp(True)

@@ -107,7 +107,8 @@ def test_without_a_key_a_body_is_not_read(server):
 def test_bodies_of_millions_of_things(server, kind):
     size = 7 << 20
     things = {
-        "lists": b"[]", "strings": b'""', "objects": b'{"text":""}', "numbers": b"1", "unknown field": b"[]", "keys": b'""'
+        "lists": b"[]", "strings": b'""', "objects": b'{"text":""}', "numbers": b"1", "unknown field": b"[]",
+        "keys": b'""',
     }[kind]  # fmt: skip
     listed = b"[" + b",".join([things] * (size // (len(things) + 1))) + b"]"
     body = b'{"query":"q","documents":' + listed + b"}"
@@ -133,6 +134,73 @@ def test_a_packed_body_is_bounded_unpacked(server):
     for broken in (right[:-9], b"no gzip", b""):
         assert server.ask("POST", "/v1/rerank", broken, packed)[0] == 400
     assert server.ask("POST", "/v1/rerank", right, {**KEY, "content-encoding": "br"})[0] == 415
+
+
+def test_packed_bodies_together_are_bounded(server):
+    bomb = gzip.compress(b'{"query":"q","documents":["' + b"a" * (7 << 20) + b'"]}', 1)
+    before, statuses = server.memory(), []
+    packed = {**KEY, "content-encoding": "gzip"}
+    threads = [
+        threading.Thread(target=lambda: statuses.append(server.ask("POST", "/v1/rerank", bomb, packed)[0]))
+        for _ in range(20)
+    ]
+    with server.health_within(3):
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert set(statuses) <= {200, 429} and 200 in statuses
+    assert server.memory() - before < 400
+
+
+@pytest.mark.parametrize(("headers", "size", "status"), [(KEY, 30 << 20, 413), ({}, 6 << 20, 401)])
+def test_who_sends_too_much_is_told(server, headers, size, status):
+    """Not cut off while sending, without a word."""
+    answer = server.ask("POST", "/v1/rerank", b" " * size, headers)
+    assert answer[0] == status and answer[2]["error"]["message"]
+
+
+def test_bodies_are_read_where_one_is_wanted(server):
+    """Not on open paths, where a client without a key could hold connections and memory with them."""
+    head = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 8000000\r\n\r\nxx"
+    held = [server.raw(head) for _ in range(60)]
+    try:
+        with server.health_within(3):
+            assert b" 405 " in held[-1].recv(1000)
+            assert server.ask("POST", "/v1/rerank", {"query": QUERY, "documents": ["x"]}, KEY)[0] == 200
+    finally:
+        for connection in held:
+            connection.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        (b'{"query":"q","documents":[{"a":"x"}],"rank_fields":["a","a"]}', 422, "rank_fields"),
+        (b'{"query":"q","documents":[{"a":"x","n":1e999}],"rank_fields":["a"]}', 422, "documents[0]"),
+        (b'{"query":"q","documents":[{"a":1}],"rank_fields":["a"]}', 422, "documents[0]"),
+        (b'{"query":"q","documents":[{"a":"x","b":"y","text":5}],"rank_fields":["b","a"]}', 422, "documents[0]"),
+        (b'{"query":"q","documents":[{"text":"x","n":"\xff"}]}', 400, None),
+        (b'{"query":"q","documents":["x"],"use_activation":null,"mm_processor_kwargs":null}', 200, None),
+        (b'{"query":"q","documents":["x"],"surprise":0,"other":null}', 422, "surprise"),
+        (b'{"query":"q","documents":["x"],"truncate_prompt_tokens":-1}', 200, None),
+    ],
+)
+def test_odd_bodies(server, body, status, param):
+    got, _, answer = server.ask("POST", "/v1/rerank", body, KEY)
+    assert got == status, answer
+    if status != 200:
+        assert answer["error"]["param"] == param
+    long = b'{"query":"q","documents":["x"],"' + b"k" * (1 << 20) + b'":1}'
+    assert len(json.dumps(server.ask("POST", "/v1/rerank", long, KEY)[2])) < 3000
+
+
+def test_rank_fields_are_joined_in_their_order(server, small_reranker):
+    body = {"query": QUERY, "documents": [{"a": "one", "b": "two"}, "three"], "rank_fields": ["b", "a"]}
+    found = server.ask("POST", "/v1/rerank", body, KEY)[2]["results"]
+    expected = small_reranker.rerank(QUERY, ["two\none", "three"])
+    assert [(r["index"], round(r["relevance_score"], 5)) for r in found] == [
+        (r["index"], round(r["relevance_score"], 5)) for r in expected
+    ]
+    assert {"a": "one", "b": "two"} in [r["document"] for r in found]
 
 
 def test_all_bodies_together_are_bounded(server):
@@ -177,15 +245,18 @@ def test_headers_have_their_time(small):
                 with contextlib.suppress(ConnectionError):
                     assert connection.recv(1000) == b""
                 assert 0.5 < time.perf_counter() - started < 20
-        with server.raw(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n") as connection:
-            assert b" 200 " in connection.recv(4000)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        for _ in range(2):
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            assert response.status == 200 and response.read() == b'{"status":"ok"}'
             time.sleep(2)  # kept alive longer than headers may take
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b" 200 " in connection.recv(4000)
+        connection.close()
 
 
 def test_documents_come_back_as_they_came(server):
-    sent = ['{"text": "a", "n": 1e999, "deep": ' + "[" * 200 + "]" * 200 + "}", '{ "text":"b","t":"\\u00e9\\ud83d\\ude00" }']
+    deep = "[" * 200 + "]" * 200
+    sent = ['{"text": "a", "n": 1e999, "deep": ' + deep + "}", '{ "text":"b","t":"\\u00e9\\ud83d\\ude00" }']
     body = '{"query": "q", "documents": [' + ",".join(sent) + ', "c"]}'
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/v1/rerank", body, KEY)
@@ -220,7 +291,8 @@ Reranker.read_rows = lambda self, blocks, on_layer=None: real(
 
 def test_draining_is_bounded_and_told(small, documents):
     """Requests that take longer than there is time for are answered with an error of the usual shape."""
-    options = ["--model", str(small), "--max-batch-tokens", "100", "--max-queue-tokens", "100000", "--drain-timeout", "1"]
+    options = ["--model", str(small), "--max-batch-tokens", "100", "--max-queue-tokens", "100000"]
+    options += ["--drain-timeout", "1"]
     with serving(*options, first=SLOW_LAYERS) as (address, process):
         server = Server(address, process)
         answers = []
@@ -240,9 +312,27 @@ def test_draining_is_bounded_and_told(small, documents):
             assert answer["error"]["type"] == "unavailable" and answer["error"]["message"] == "the server is closing"
 
 
+def test_who_is_still_sending_when_the_server_ends_is_told(small):
+    with serving("--model", str(small), "--drain-timeout", "1") as (address, process):
+        server = Server(address, process)
+        with server.raw(b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{") as connection:
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+            answer = b""
+            with contextlib.suppress(OSError):
+                while piece := connection.recv(4000):
+                    answer += piece
+        assert b" 503 " in answer and b'"type":"unavailable"' in answer
+        process.wait(20)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--root-path", "/ü"], "--root-path"),
+        (["--drain-timeout", "1e11"], "--drain-timeout"),
+        (["--threads", "99999"], "threads"),
+        (["--ssl-certfile", __file__, "--ssl-keyfile", __file__], "no certificate and key"),
         (["--port", "99999"], "port is 99999"),
         (["--max-body", "0"], "max-body"),
         (["--request-timeout", "nan"], "request_seconds is nan"),

@@ -363,7 +363,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(toy, tmp_path, monkeypatch):
     [("[1]", "expected a JSON object"), ("{", "not JSON"), ('{"stepps": 1}', "the recipe has 'stepps'"),
      ('{"steps": "3"}', "the recipe's steps is '3'"), ('{"steps": 1.5}', "the recipe's steps"),
      ('{"steps": true}', "the recipe's steps"), ('{"temperature": 0.1}', "the recipe's temperature"),
-     ('{"temperature": [0.1, NaN]}', "the recipe's temperature"), ('{"learning_rate": -1}', "the recipe's learning_rate")],
+     ('{"temperature": [0.1, NaN]}', "the recipe's temperature"),
+     ('{"learning_rate": -1}', "the recipe's learning_rate")],
 )  # fmt: skip
 def test_recipes_that_are_none(tmp_path, recipe, message):
     (tmp_path / "recipe.json").write_text(recipe)

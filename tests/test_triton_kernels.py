@@ -108,7 +108,8 @@ else:
         hidden, w1, w2 = randn(torch.float32, 7, 64), randn(torch.float32, 32, 64), randn(torch.float32, 32, 32)
         maps = [torch.tensor(m, device=DEVICE) for m in ([0, 1, 3, 4], [2, 5], [0, 0, 1, 1], [0, 0])]
         plain = operations.score(hidden, *maps, weight, w1, w2, 1e-6)
-        for a, b in zip(plain, operations.score(hidden, *map(strided, maps), strided(weight), w1, w2, 1e-6), strict=True):
+        apart = operations.score(hidden, *map(strided, maps), strided(weight), w1, w2, 1e-6)
+        for a, b in zip(plain, apart, strict=True):
             assert torch.equal(a, b)
 
     @pytest.mark.parametrize(
@@ -125,8 +126,9 @@ else:
                                          (9,), None, 1.0),
             lambda: operations.attention(*(randn(torch.float32, 9, 2, d) for d in (64, 128, 128)),
                                          torch.tensor([0, 9]), (9,), None, 1.0),
-            lambda: operations.score(randn(torch.float32, 7, 64), torch.arange(4), torch.arange(2), torch.zeros(3).long(),
-                                     torch.zeros(2).long(), torch.ones(64), torch.ones(8, 64), torch.ones(8, 8), 1e-6),
+            lambda: operations.score(randn(torch.float32, 7, 64), torch.arange(4), torch.arange(2),
+                                     torch.zeros(3).long(), torch.zeros(2).long(), torch.ones(64), torch.ones(8, 64),
+                                     torch.ones(8, 8), 1e-6),
         ],
     )  # fmt: skip
     def test_shapes_that_do_not_belong_together_are_refused(call):

@@ -25,13 +25,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from lastrerank import __version__
-from lastrerank.engine import Answer, DeadlineError, Engine
+from lastrerank.engine import Answer, ClosedError, DeadlineError, Engine
 from lastrerank.request import RerankRequest
 from lastrerank.server import dialects
 from lastrerank.server.dialects import BodyError, Call
 from lastrerank.server.errors import error_response, failure
 from lastrerank.server.limits import Guard, Limits, Receive, Scope, Send
-from lastrerank.server.metrics import Metrics
+from lastrerank.server.metrics import METHODS, Metrics
 from lastrerank.server.openapi import description
 
 logger = logging.getLogger("lastrerank.server")
@@ -70,7 +70,7 @@ def create_app(
     bounds = limits or Limits()
     names = list(dict.fromkeys([model_name] if isinstance(model_name, str) else model_name))
     known = {*names, *(name.split("/")[-1] for name in names)}
-    metrics, created = Metrics(engine), int(time.time())
+    metrics, created, parsing = Metrics(engine), int(time.time()), asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -108,7 +108,11 @@ def create_app(
     async def serve(read: Reader, request: Request) -> Response:
         content: bytes = request.scope["lastrerank.body"]
         large = len(content) > _LARGE
-        call = await asyncio.to_thread(read, content) if large else read(content)
+        if large:
+            async with parsing:  # one at a time: the interpreter's lock is held meanwhile
+                call = await asyncio.to_thread(read, content)
+        else:
+            call = read(content)
         if call.model is not None and call.model not in known and not any_model:
             raise BodyError(404, f"model is {call.model!r:.80}, this server has {', '.join(map(repr, names))}", "model")
         answers = await answers_of(request, call.requests, call.refuse_cut)
@@ -201,7 +205,7 @@ def create_app(
             CORSMiddleware, allow_origins=list(allow_origins), allow_methods=["GET", "POST"], allow_headers=["*"],
             expose_headers=["x-request-id", "x-tokenise-ms", "x-queue-ms", "x-inference-ms", "retry-after"],
         ))  # fmt: skip
-    middleware.append(Middleware(Guard, limits=bounds, api_key=api_key))
+    middleware.append(Middleware(Guard, limits=bounds, api_key=api_key, readers=frozenset(readers)))
     # Of a path with a slash too many no redirect is made: it would lead wherever the Host header says.
     app = Starlette(
         routes=[*posts, *(Route(path, route, methods=["GET"]) for path, route in gets.items())], lifespan=lifespan,
@@ -244,6 +248,10 @@ class _Observed:
 
         try:
             await self.app(scope, receive, observed)
+        except asyncio.CancelledError:  # time for draining is up
+            if status:
+                raise
+            await failure(ClosedError("cancelled"))(scope, receive, observed)
         except Exception as error:
             if status:
                 raise
@@ -252,10 +260,11 @@ class _Observed:
             seconds = time.perf_counter() - started
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             route = path if path in self.routes else "unknown"
-            self.metrics.observe(route, scope["method"], status, seconds)
-            entry = {"id": number, "method": scope["method"], "route": route, "status": status,
+            method = scope["method"] if scope["method"] in METHODS else "other"  # clients make them up
+            self.metrics.observe(route, method, status, seconds)
+            entry = {"id": number, "method": method, "route": route, "status": status,
                      "ms": round(1e3 * seconds, 2), "queued_tokens": self.engine.queued_tokens}  # fmt: skip
-            logger.info("%s %s %s", scope["method"], route, status, extra={"entry": entry})
+            logger.info("%s %s %s", method, route, status, extra={"entry": entry})
 
 
 async def _disconnected(request: Request) -> None:

@@ -7,6 +7,7 @@ that are objects come back as the bytes they came as.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     back = _flag(body, "return_text" if tei else "return_documents")
     back = (False if tei else documents_back) if back is None else back
     embeddings = bool(_flag(body, "return_embeddings"))
-    caps = [_count(body, name) for name in ("max_doc_length", "max_tokens_per_doc", "truncate_prompt_tokens")]
+    caps = [_count(body, name) for name in ("max_doc_length", "max_tokens_per_doc")] + [_prompt_cap(body)]
     top_n, top_k = _count(body, "top_n"), None if body.top_k is UNSET else _count(body, "top_k")
     request = RerankRequest(
         body.query, texts, top_n=top_n if top_k is None else top_k if top_n is None else min(top_n, top_k),
@@ -162,7 +163,7 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     raw: list[Any] = []
     if back and not tei:
         objects = any(not isinstance(document, str) for document in documents)
-        raw = _raw.decode(content).documents if objects else documents
+        raw = _decoded(_raw, content).documents if objects else documents
 
     def render(answers: Sequence[Answer], model: str) -> Any:
         results = []
@@ -211,15 +212,17 @@ def read_score(content: bytes, most: int) -> Call:
         if getattr(body, name) is not None:
             raise BodyError(422, f"{name}: not together with {first} and {second}", name)
     left, right = ([text] if isinstance(text, str) else text for text in (getattr(body, first), getattr(body, second)))
-    _check_count(min(len(left), len(right)), most, first)
+    for name, texts in ((first, left), (second, right)):
+        _check_count(len(texts), most, name)
+    if "" in left:
+        raise BodyError(422, f"{first} has an empty text", first)
     left = left * len(right) if len(left) == 1 else left
     if len(left) != len(right):
         raise BodyError(422, f"{first} has {len(left)} texts, {second} {len(right)}: expected one, or as many", first)
-    _check_count(len(right), most, second)
     groups: dict[str, list[int]] = {}
     for position, text in enumerate(left):
         groups.setdefault(text, []).append(position)
-    cap = _count(body, "truncate_prompt_tokens")
+    cap = _prompt_cap(body)
     requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
 
     def render(answers: Sequence[Answer], model: str) -> Any:
@@ -240,6 +243,8 @@ def read_ranking(content: bytes, most: int) -> Call:
         BodyError: it can't be served.
     """
     body: RankingBody = _decoded(_ranking, content)
+    if not body.query.text:
+        raise BodyError(422, "query.text is empty", "query.text")
     _check_count(len(body.passages), most, "passages")
     if body.truncate not in (None, "END", "NONE"):
         raise BodyError(422, f"truncate is {body.truncate!r:.40}, expected 'END' or 'NONE'", "truncate")
@@ -254,12 +259,16 @@ def read_ranking(content: bytes, most: int) -> Call:
 
 def _decoded(decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:
     try:
+        if not content.isascii():
+            str(content, "utf-8")  # what is only passed through isn't looked at otherwise
         return decoder.decode(content)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$.")
+        if str(error).startswith("Object contains unknown field") and (known := _without_nulls(decoder, content)):
+            return _decoded(decoder, known)
+        message, _, path = _short(error).partition(" - at `$.")
         where = path.removesuffix("`") or None
-        if where is not None and where.startswith(("documents[", "texts[", "passages[")):
-            where = where.split(".")[0]
+        if where is not None and (item := re.match(r"(documents|texts|passages)\[\d+\]", where)):
+            where = item[0]
             message = f"{message}; expected a string{'' if where.startswith('texts') else ' or an object with text'}"
         if message.startswith("Object contains unknown field"):
             where = message.split("`")[1]
@@ -268,9 +277,23 @@ def _decoded(decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:
             ) from None
         raise BodyError(422, f"{where or 'body'}: {message}".replace("`", "'"), where) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BodyError(400, f"the body is no JSON: {error}") from None
+        raise BodyError(400, f"the body is no JSON: {_short(error)}") from None
     except RecursionError:
         raise BodyError(422, "the body is nested too deeply") from None
+
+
+def _short(error: Exception) -> str:
+    """Names in it may be as long as a body."""
+    text = str(error)
+    return text if len(text) <= 300 else f"{text[:120]}...{text[-120:]}"
+
+
+def _without_nulls(decoder: msgspec.json.Decoder[Any], content: bytes) -> bytes | None:
+    """The body without those fields that aren't known and are null, if there are any: null is as absent."""
+    found = msgspec.json.decode(content, type=dict[str, Raw])
+    fields = decoder.type.__struct_fields__
+    known = {name: value for name, value in found.items() if name in fields or bytes(value) != b"null"}
+    return msgspec.json.encode(known) if len(known) < len(found) else None
 
 
 def _check_count(count: int, most: int, param: str) -> None:
@@ -283,9 +306,11 @@ def _check_count(count: int, most: int, param: str) -> None:
 def _texts(documents: Sequence[Any], rank_fields: list[str] | None, content: bytes) -> list[str]:
     """What is scored of each document: its text, or the values of Cohere's `rank_fields` in their order, a line
     each."""
+    if rank_fields is not None and (len(set(rank_fields)) < len(rank_fields) or not 0 < len(rank_fields) <= 64):
+        raise BodyError(422, "rank_fields: expected at most 64 names, each once", "rank_fields")
     if rank_fields is not None and rank_fields != ["text"] and not all(isinstance(d, str) for d in documents):
         texts = []
-        for position, document in enumerate(_objects.decode(content).documents):
+        for position, document in enumerate(_decoded(_objects, content).documents):
             values = [document] if isinstance(document, str) else [document.get(name) for name in rank_fields]
             if not all(isinstance(value, str) for value in values):
                 raise BodyError(422, f"documents[{position}]: expected the rank_fields {rank_fields!s:.80} as strings",
@@ -319,6 +344,11 @@ def _count(body: Struct, name: str) -> int | None:
     if isinstance(value, bool) or value != int(value) or value < 1:
         raise BodyError(422, f"{name} is {value!r:.40}, expected an integer of at least 1", name)
     return int(value)
+
+
+def _prompt_cap(body: RerankBody | ScoreBody) -> int | None:
+    """vLLM's `truncate_prompt_tokens`, of which -1 is as much as the model takes."""
+    return None if body.truncate_prompt_tokens == -1 else _count(body, "truncate_prompt_tokens")
 
 
 def _refuse(body: Struct, **allowed: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ import hmac
 import math
 import time
 import zlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -49,11 +49,11 @@ class Limits:
 
 
 class Guard:
-    """Checks the key before a body costs anything, then reads the body within its bounds; the application finds it as
-    `scope["lastrerank.body"]`."""
+    """Checks the key before a body costs anything, then reads the body within its bounds, where one is wanted (a POST
+    to one of `readers`); the application finds it as `scope["lastrerank.body"]`."""
 
-    def __init__(self, app: Any, limits: Limits, api_key: str | None) -> None:
-        self.app, self.limits, self.api_key = app, limits, api_key
+    def __init__(self, app: Any, limits: Limits, api_key: str | None, readers: Collection[str]) -> None:
+        self.app, self.limits, self.api_key, self.readers = app, limits, api_key, readers
         self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,6 +67,9 @@ class Guard:
             await error_response(
                 401, "the API key is wrong or missing", "authentication", **{"WWW-Authenticate": "Bearer"}, **_CLOSE
             )(scope, receive, send)
+            return
+        if scope["method"] != "POST" or path not in self.readers:
+            await self.app(scope, receive, _closing(send) if _has_body(headers) else send)
             return
         body = await self._read(headers, receive)
         if isinstance(body, Response):
@@ -122,6 +125,10 @@ class Guard:
                     break
             body = b"".join(chunks)
             if packed == b"gzip":
+                if self._held + limits.max_body > limits.max_total_body:
+                    return self._busy()
+                self._held += limits.max_body  # what it may become
+                size += limits.max_body
                 unpacked = await asyncio.to_thread(_unzipped, body, limits.max_body)
                 if unpacked is None:
                     return error_response(400, "the body is not the gzip data that it says it is", "invalid_request")
@@ -139,6 +146,21 @@ class Guard:
     def _busy(self) -> Response:
         message = f"bodies of {self.limits.max_total_body} bytes in all are being read or answered"
         return error_response(429, message, "overloaded", **{"Retry-After": "1"}, **_CLOSE)
+
+
+def _has_body(headers: dict[bytes, bytes]) -> bool:
+    return headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+
+
+def _closing(send: Send) -> Send:
+    """For an answer to a request whose body isn't read."""
+
+    async def closing(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return closing
 
 
 # What is still to come of a body isn't read.

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ logger = logging.getLogger("lastrerank.server")
 _RESERVED_DESCRIPTORS = 128
 # Connections that asyncio accepts at once, before it looks at how many there are: fewer than the descriptors reserved.
 _ACCEPTED_AT_ONCE, _BACKLOG = 16, 1024
+# Seconds for a TLS handshake, and without a byte of a body, after which a connection may make way.
+_HANDSHAKE_SECONDS, _STALLED_SECONDS = 10.0, 3.0
+# Who is answered before the body has been sent may send on for so long, and so much, to read the answer.
+_LINGER_SECONDS, _LINGER_BYTES = 2.0, 1 << 28
 # Seconds between giving up on requests in flight and cutting their connections: to send them the error.
 _LAST_WORDS = 1.0
 
@@ -38,6 +43,9 @@ def bind(host: str, port: int, uds: str | None = None) -> socket.socket:
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             if Path(uds).is_socket():
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                    if other.connect_ex(uds) == 0:
+                        raise ValueError(f"uds is {uds!r}, on which another server listens")
                 Path(uds).unlink()
             bound.bind(uds)
         except OSError as error:
@@ -79,7 +87,12 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=drain_seconds + _LAST_WORDS,  # type: ignore[arg-type]
     )  # fmt: skip
-    _Server(config, engine, drain_seconds).run(sockets=[bound])
+    name = bound.getsockname()
+    try:
+        _Server(config, engine, drain_seconds).run(sockets=[bound])
+    finally:
+        if isinstance(name, str):
+            Path(name).unlink(missing_ok=True)
 
 
 def _connections(wanted: int) -> int:
@@ -100,6 +113,11 @@ class _Server(uvicorn.Server):
         self._engine, self._drain_seconds = engine, drain_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_Complaints())
+        if self.config.ssl is not None:  # a connection counts as one only after its handshake
+            create = partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_SECONDS)
+            loop.create_server = create  # type: ignore[method-assign]
         await super().startup(sockets)
         for bound in sockets or []:
             bound.listen(_BACKLOG)
@@ -116,6 +134,43 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().run_in_executor(None, self._engine.abandon)
 
 
+class _Complaints:
+    """What asyncio has to say, once in ten seconds: without descriptors it says the same thousands of times a
+    second."""
+
+    _last = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            logger.error("asyncio: %s", context.get("message"), exc_info=context.get("exception"))
+
+
+class _Lingering:
+    """A transport that, when it is closed under a body that is still being sent, first lets the answer be read: closed
+    at once, the client would be told that the connection was reset, and nothing else."""
+
+    def __init__(self, transport: Any, connection: _Connection) -> None:
+        self._transport, self._connection, self._left = transport, connection, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._left or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        if not self._connection.is_sending_body() or not self._transport.can_write_eof():
+            self._transport.close()
+            return
+        self._left = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._connection.discard()
+
+
 class _Connection(H11Protocol):
     """A connection that is closed when it sends no complete headers, or doesn't take its answer, in time. When there
     are too many, the one that has been silent for the longest makes way."""
@@ -124,9 +179,10 @@ class _Connection(H11Protocol):
     times: Limits
     _timer: asyncio.TimerHandle | None = None
     _since = 0.0
+    _to_discard = -1  # bytes that are still taken of a body that nobody wants
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_Lingering(transport, self))  # type: ignore[arg-type]
         self._since = time.monotonic()
         if len(self.connections) > self.max_connections:
             silent = [c for c in self.connections if isinstance(c, _Connection) and c._is_silent() and c is not self]
@@ -136,7 +192,14 @@ class _Connection(H11Protocol):
         self._limit(self.times.header_seconds)
 
     def data_received(self, data: bytes) -> None:
+        if self._to_discard >= 0:
+            self._to_discard -= len(data)
+            if self._to_discard < 0:
+                self.transport.abort()
+            return
         super().data_received(data)
+        if self._to_discard >= 0:  # answered meanwhile
+            return
         self._since = time.monotonic()
         if not self._is_silent():
             self._limit(None)
@@ -155,9 +218,26 @@ class _Connection(H11Protocol):
         super().resume_writing()
         self._limit(None)
 
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP, in the usual shape."""
+        content = json.dumps({"error": {"message": msg, "type": "invalid_request", "param": None}, "detail": msg})
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n"
+        self.transport.write(f"{head}connection: close\r\n\r\n{content}".encode())
+        self.transport.close()
+
+    def is_sending_body(self) -> bool:
+        return self.cycle is not None and self.cycle.more_body
+
+    def discard(self) -> None:
+        """Take what comes, for a moment, and close then."""
+        self._to_discard = _LINGER_BYTES
+        self._limit(_LINGER_SECONDS)
+
     def _is_silent(self) -> bool:
-        """Whether no request is being read or answered."""
-        return self.cycle is None or self.cycle.response_complete
+        """Whether no request is being read or answered, or the one that is has stopped in the middle of its body."""
+        if self.cycle is None or self.cycle.response_complete:
+            return True
+        return self.cycle.more_body and time.monotonic() - self._since > _STALLED_SECONDS
 
     def _limit(self, seconds: float | None) -> None:
         """Close the connection after so many seconds, unless this is called again."""
