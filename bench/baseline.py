@@ -31,7 +31,7 @@ def whole_prompt(query: str, documents: list[str], instruction: str | None = Non
         f"I will provide you with {len(documents)} passages, each indicated by a numerical identifier. "
         f"Rank the passages based on their relevance to query: {query}\n"
     )
-    if instruction is not None:
+    if instruction:
         prompt += f"<instruct>\n{instruction}\n</instruct>\n"
     prompt += "\n".join(
         f'<passage id="{i}">\n{document}<|embed_token|>\n</passage>' for i, document in enumerate(documents)

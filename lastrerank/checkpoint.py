@@ -61,7 +61,7 @@ class Checkpoint:
         self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None = None
     ) -> ModelWeights:
         """All weights on `device` in `dtype`, q, k, v and gate, up packed; the embedding table as stored, on a CPU
-        memory-mapped (`check_mapped` says whether it is still what was loaded).
+        memory-mapped (`touched` says whether its file has been written to).
 
         prepare: `Operations.prepare`; gets each linear weight as stored, one at a time, and decides what is kept.
 
@@ -84,11 +84,10 @@ class Checkpoint:
         self._check_current("since it was loaded")
         return found
 
-    def check_mapped(self) -> None:
-        """Raises RuntimeError where a weights file was written to in place: the table that is served is its memory."""
-        for state in self.files:
-            if state.path.suffix == ".safetensors" and state.was_overwritten():
-                raise RuntimeError(f"{state.path} was overwritten while its weights are in use: load the model again")
+    def touched(self) -> FileState | None:
+        """A weights file that was written to in place, or whose attributes were changed, since it was opened."""
+        found = (state.now() for state in self.files if state.path.suffix == ".safetensors")
+        return next((state for state in found if state is not None), None)
 
     def _check_current(self, when: str) -> None:
         for state in self.files:
@@ -102,10 +101,12 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
     Raises:
         ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached.
     """
-    path = Path(id_or_path)
-    if path.is_dir():
-        return _folder_name(path.resolve()), path
-    name = str(id_or_path)
+    path, name = Path(id_or_path), str(id_or_path)
+    try:
+        if path.is_dir():
+            return _folder_name(path.resolve()), path
+    except OSError as error:
+        raise ValueError(f"id_or_path is {name!r:.80}: {error.strerror}") from error
     if re.fullmatch(r"[\w.-]+", name) and (BUNDLED_MODELS / name / "config.json").is_file():
         return name, BUNDLED_MODELS / name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -156,8 +157,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(_read(path, _MOST_JSON).decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value

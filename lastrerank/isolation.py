@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
-_PROCESS = os.getpid()
-_kernel_threads = 0  # of a forked child
+# Of our own kernels in a forked child; 0 where this process was none when lastrerank was imported.
+_kernel_threads = 0
+_lock = threading.Lock()
+# By kind of device: passes that are running, and what to put back after the last of them.
+_running: dict[str, int] = {}
+_to_put_back: dict[str, list[Callable[[], None]]] = {}
 
 
 def num_threads() -> int:
-    """Threads of our own kernels: PyTorch's number, in a forked child what it was when the child began."""
-    if os.getpid() == _PROCESS:
-        return torch.get_num_threads()
-    _leave_torch_threads()
-    return _kernel_threads
+    """Threads of our own kernels: PyTorch's number, in a forked child what it was in its parent."""
+    return _kernel_threads or torch.get_num_threads()
 
 
-def _leave_torch_threads() -> None:
-    """In a forked child PyTorch's worker threads are gone, and its OpenMP would wait for them for ever: from here on it
-    computes on one thread there. Our kernels' pool makes its threads anew."""
-    global _kernel_threads
-    if torch.get_num_threads() > 1 or not _kernel_threads:
-        _kernel_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+def _after_fork() -> None:
+    """In a forked child PyTorch's worker threads are gone, and its OpenMP would wait for them for ever: there it
+    computes on one thread. Our kernels' pool makes its threads anew."""
+    global _kernel_threads, _lock
+    _kernel_threads = _kernel_threads or torch.get_num_threads()
+    torch.set_num_threads(1)
+    _lock = threading.Lock()  # which another thread may have held
+    _running.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _fp32_products(device: str) -> tuple[Callable[[], Any], Callable[[Any], None], Any]:
@@ -38,32 +45,45 @@ def _fp32_products(device: str) -> tuple[Callable[[], Any], Callable[[Any], None
     return torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)
 
 
-@contextmanager
-def isolated(device: torch.device, inference: bool = True) -> Iterator[None]:
-    """Around every pass: the device is this thread's current one (Triton launches there), no autocast, products of fp32
-    in fp32, attention by whichever kernel PyTorch would choose by itself, one PyTorch thread in a forked child, and
-    with `inference` no record for gradients.
-
-    What is global in PyTorch is changed only where it isn't so, and put back.
-    """
-    if os.getpid() != _PROCESS:
-        _leave_torch_threads()
-    cuda = torch.backends.cuda
-    wanted = [_fp32_products(device.type)] + [
-        (getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"), (True,))
-        for name in ("flash", "mem_efficient", "math")
-    ]
-    changed = []
-    try:
+def _enter(device: str) -> None:
+    """Set what is global in PyTorch, where it isn't as wanted, for as long as a pass is running."""
+    with _lock:
+        _running[device] = _running.get(device, 0) + 1
+        if _running[device] > 1:
+            return
+        cuda, restore = torch.backends.cuda, _to_put_back.setdefault(device, [])
+        wanted = [_fp32_products(device)] + [
+            (getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"), (True,))
+            for name in ("flash", "mem_efficient", "math")
+        ]
         for read, put, values in wanted:
             found = read()
             if found not in values:
-                changed.append((put, found))
+                restore.append(partial(put, found))
                 put(values[0])
+
+
+def _leave(device: str) -> None:
+    with _lock:
+        _running[device] -= 1
+        if not _running[device]:
+            restore = _to_put_back.pop(device, [])
+            while restore:
+                restore.pop()()
+
+
+@contextmanager
+def isolated(device: torch.device, inference: bool = True) -> Iterator[None]:
+    """Around every pass: the device is this thread's current one (Triton launches there), no autocast, products of fp32
+    in fp32, attention by whichever kernel PyTorch would choose by itself, and with `inference` no record for gradients.
+
+    What is global in PyTorch is changed only where it isn't so, and put back when no pass is running any more.
+    """
+    _enter(device.type)
+    try:
         current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         mode = torch.inference_mode() if inference else nullcontext()
         with current, mode, torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for put, found in reversed(changed):
-            put(found)
+        _leave(device.type)

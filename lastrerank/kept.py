@@ -25,12 +25,13 @@ class FileState:
     inode: int
     size: int
     modified: int
+    changed: int  # of content or attributes: a new link, a new mode
 
     @classmethod
     def of(cls, path: Path) -> FileState:
         """Raises: OSError where there is no such file."""
         found = os.stat(path)
-        return cls(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def is_current(self) -> bool:
         """Whether the path leads to the same file, unchanged."""
@@ -39,13 +40,13 @@ class FileState:
         except OSError:
             return False
 
-    def was_overwritten(self) -> bool:
-        """Whether the file itself was written to: one that was replaced by another is left as it was."""
+    def now(self) -> FileState | None:
+        """The same file as it is, if it has changed: None for one that hasn't, or that was replaced by another."""
         try:
-            now = FileState.of(self.path)
+            found = FileState.of(self.path)
         except OSError:
-            return False
-        return (now.device, now.inode) == (self.device, self.inode) and now != self
+            return None
+        return found if (found.device, found.inode) == (self.device, self.inode) and found != self else None
 
 
 def digest(*parts: Any) -> str:

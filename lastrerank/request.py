@@ -33,6 +33,10 @@ class RerankRequest:
     orders: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("query", "instruction"):  # a kind of str may mean something else by + and by ==
+            value = getattr(self, name)
+            if isinstance(value, str) and type(value) is not str:
+                object.__setattr__(self, name, str.__str__(value))
         if self.instruction == "":
             object.__setattr__(self, "instruction", None)
         # Arrays and columns: iterated by index, which in a column is a label.
@@ -48,11 +52,10 @@ class RerankRequest:
             TypeError, ValueError: the message names the field, its position and its value.
         """
         if isinstance(value, Mapping):
-            unknown = value.keys() - {field.name for field in fields(cls)}
+            unknown = set(map(str, value)) - {field.name for field in fields(cls)}
             if unknown or "query" not in value or "documents" not in value:
-                raise ValueError(
-                    f"{name} has fields {sorted(value)}, expected 'query', 'documents' and options of rerank()"
-                )
+                found = sorted(map(str, value))
+                raise ValueError(f"{name} has fields {found}, expected 'query', 'documents' and options of rerank()")
             value = cls(**value)
         if not isinstance(value, RerankRequest):
             raise TypeError(f"{name} is a {type(value).__name__}, expected a RerankRequest or a mapping")
@@ -62,7 +65,8 @@ class RerankRequest:
     @property
     def texts(self) -> list[str]:
         """The documents' texts, in order."""
-        return [document if isinstance(document, str) else document["text"] for document in self.documents]
+        texts = (document if isinstance(document, str) else document["text"] for document in self.documents)
+        return [text if type(text) is str else str.__str__(text) for text in texts]
 
     def _check(self, prefix: str) -> None:
         _check_text(self.query, prefix + "query")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from lastrerank import ops, saving
 from lastrerank.checkpoint import Checkpoint, open_checkpoint
 from lastrerank.graphs import GraphedModel
 from lastrerank.isolation import isolated
-from lastrerank.kept import digest
+from lastrerank.kept import FileState, digest
 from lastrerank.model import Model
 from lastrerank.packing import pack, readout
 from lastrerank.progress import Progress
@@ -89,6 +90,9 @@ class Reranker:
         self.device, self.backend, self.dtype, self.deterministic = device, backend, dtype, deterministic
         self._made_by = made_by
         self._digest: str | None = None
+        # The table is the memory of its file, which may be written to: what it was is known by a checksum.
+        self._checksum = _checksum(model.weights.embedding) if device.type == "cpu" else 0
+        self._seen: FileState | None = None
         self._graphs: GraphedModel | None = None
 
     @classmethod
@@ -123,15 +127,20 @@ class Reranker:
                    "template": template, "deterministic": deterministic, "revision": revision}  # fmt: skip
         target = resolve_device(str(device))
         dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-        if dtype not in ("auto", *DTYPES):
+        if not isinstance(dtype, str) or dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
-        if backend != "auto" and backend not in ops.BACKENDS:
+        if not isinstance(backend, str) or (backend != "auto" and backend not in ops.BACKENDS):
             raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {list(ops.BACKENDS)}")
-        if isinstance(template, str) and template != "auto" and template not in TEMPLATES:
+        known = isinstance(template, PromptTemplate) or template == "auto" or (
+            isinstance(template, str) and template in TEMPLATES
+        )
+        if not known:
             raise ValueError(f"template is {template!r}, expected 'auto', one of {list(TEMPLATES)} or a PromptTemplate")
         if dtype == "auto":
             dtype = "float32" if target.type == "cpu" else "bfloat16"
         source = open_checkpoint(id_or_path, revision)
+        if Path(id_or_path).is_dir():  # another process may stand in another folder
+            made_by["id_or_path"] = str(source.folder.resolve())
         if template == "auto":
             template = source.config.template
         if isinstance(template, str):
@@ -326,7 +335,7 @@ class Reranker:
             ValueError: the weights are quantised in a way that isn't saved (float8).
             OSError: it can't be written; the folder is as it was.
         """
-        self.checkpoint.check_mapped()
+        self._check_table()
         source = self.checkpoint
         dtype = "float32" if self.dtype == "int8" else self.dtype
         raw = {**source.raw_config, "dtype": dtype, "torch_dtype": dtype, "quantization_config": None}
@@ -390,8 +399,8 @@ class Reranker:
             RuntimeError: a score is not finite (the dtype overflowed); nothing is returned then.
         """
         budget = _BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
-        if budget < 1:
-            raise ValueError(f"max_batch_tokens is {budget}, expected at least 1")
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            raise ValueError(f"max_batch_tokens is {budget!r}, expected an integer of at least 1")
         results: dict[int, Scored] = {}
         unfinished: dict[int, EncodedRequest] = {}
         hidden: dict[int, list[torch.Tensor]] = {}  # read rows, a block each, of unfinished requests
@@ -423,8 +432,7 @@ class Reranker:
         Raises:
             RuntimeError: the weights' file was written to while it is in use.
         """
-        if self.device.type == "cpu":
-            self.checkpoint.check_mapped()
+        self._check_table()
         with isolated(self.device):
             batch = pack(blocks, self.device)
             rows = None if self._graphs is None else self._graphs.hidden_states(batch)
@@ -469,6 +477,16 @@ class Reranker:
             results.append(Scored((total / request.request.orders).astype(np.float32), own))
         return results
 
+    def _check_table(self) -> None:
+        """Raises RuntimeError where the weights' file was overwritten in place; new attributes and links are no
+        matter."""
+        if self.device.type == "cpu" and (touched := self.checkpoint.touched()) is not None and touched != self._seen:
+            loaded = next(state for state in self.checkpoint.files if state.path == touched.path)
+            table = self.model.weights.embedding
+            if touched.size < loaded.size or _checksum(table) != self._checksum:  # not read where it was cut off
+                raise RuntimeError(f"{touched.path} was overwritten while its weights are in use: load the model again")
+            self._seen = touched
+
     def check_caps(self, request: RerankRequest, prefix: str = "") -> tuple[int, int]:
         query_cap = request.max_query_length or self.config.max_query_length
         doc_cap = request.max_doc_length or self.config.max_doc_length
@@ -478,6 +496,19 @@ class Reranker:
                 f"document don't fit the context of {self.config.max_context} tokens"
             )
         return query_cap, doc_cap
+
+
+def _checksum(table: torch.Tensor) -> int:
+    """Of a tensor's bytes, at the speed of memory: sums modulo 2^64 of the words, weighed by row and by column."""
+    raw = table.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    words = np.zeros(-(-len(raw) // 32768) * 4096, np.uint64) if len(raw) % 32768 else raw.view(np.uint64)
+    if len(raw) % 32768:
+        words.view(np.uint8)[: len(raw)] = raw
+    rows = words.reshape(-1, 4096)
+    by_row, by_column = rows.sum(1, dtype=np.uint64), rows.sum(0, dtype=np.uint64)
+    return hash(tuple(
+        int((sums * np.arange(1, len(sums) + 1, dtype=np.uint64)).sum(dtype=np.uint64)) for sums in (by_row, by_column)
+    ))  # fmt: skip
 
 
 def _advance(bar: Progress, documents: float, tokens: int) -> None:

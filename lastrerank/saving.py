@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import glob
 import json
 import os
@@ -10,7 +11,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,6 @@ def _modules(folder: Path, name: str) -> dict[str, Path] | None:
 def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder that then takes the place of `target`; files of no checkpoint come along."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
     new = partial_name(target)
     try:
         new.mkdir()
@@ -201,31 +202,57 @@ def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         for path in new.iterdir():
             _sync(path)
         _sync(new)
-        if beside and not target.exists():
-            new.rename(target)
-        elif not beside or not _exchange(new, target):
-            _exchange_files(new, target)
+        with _alone(target.parent if beside else target):
+            _sweep(target)
+            if beside and not target.exists():
+                new.rename(target)
+            elif beside and _exchange(new, target):
+                _remove(new)
+                new = target  # what is left of the old one is someone's
+            else:
+                _exchange_files(new, target)
         _sync(target.parent)
     finally:
-        _remove(new)
+        if new != target:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process or thread at a time takes a folder's place."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sweep(target: Path) -> None:
-    """Remove what saves that were killed an hour ago or earlier have left beside the folder."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+    """Finish what saves that were killed have left beside the folder: what is someone's goes back, after an hour the
+    rest goes."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         try:
-            if path.is_dir() and time.time() - path.stat().st_mtime > 3600:
-                _remove(path)
+            if left.is_dir() and target.is_dir():
+                _give_back(left, target, _checkpoint_files(left))
+                if time.time() - left.stat().st_mtime > 3600:
+                    _remove(left)
         except OSError:
             continue
 
 
+def _give_back(old: Path, target: Path, leaving: set[str]) -> None:
+    """Move what doesn't belong to the old checkpoint to the folder that took its place, unless it is there."""
+    for entry in old.iterdir():
+        if entry.name not in leaving and not (target / entry.name).exists() and not (target / entry.name).is_symlink():
+            entry.rename(target / entry.name)
+
+
 def _remove(folder: Path) -> None:
-    """The files of a folder, and it if nothing else is in it: a checkpoint has no folders, so those are someone's."""
+    """A folder of a checkpoint, but for what else has come into it."""
     try:
-        for path in folder.iterdir():
-            if not path.is_dir() or path.is_symlink():
-                path.unlink()
+        for name in _checkpoint_files(folder):
+            (folder / name).unlink()
         folder.rmdir()
     except OSError:
         return
@@ -235,18 +262,17 @@ def _exchange(new: Path, target: Path) -> bool:
     """Swap two folders in one step; False, and nothing has happened, where that can't be done."""
     leaving = _checkpoint_files(target)
     os.chmod(new, target.stat().st_mode & 0o7777)
-    folders, linked = [], []
+    linked = []
     for entry in target.iterdir():
-        if entry.name in leaving or (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            folders.append(entry.name)
+        taken = entry.name in leaving or (new / entry.name).exists()
+        if taken or (entry.is_dir() and not entry.is_symlink()):
             continue
         try:
             os.link(entry, new / entry.name, follow_symlinks=False)
         except OSError:
             shutil.copy2(entry, new / entry.name, follow_symlinks=False)
         linked.append(entry.name)
+    stands_there = os.path.samefile(target, ".") if os.path.exists(".") else False
     library = ctypes.CDLL(None, use_errno=True)
     here, there = os.fsencode(new), os.fsencode(target)
     try:
@@ -260,8 +286,12 @@ def _exchange(new: Path, target: Path) -> bool:
         for name in linked:
             (new / name).unlink()
         return False
-    for name in folders:
-        (new / name).rename(target / name)
+    # `new` is now the old one.
+    if stands_there:
+        os.chdir(target)
+    for name in linked:
+        (new / name).unlink(missing_ok=True)
+    _give_back(new, target, leaving)
     return True
 
 

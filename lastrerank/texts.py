@@ -102,7 +102,8 @@ class TextEncoder:
             if number:
                 yield
             # A token is at least one byte but may be long: only texts far beyond the cap are worth a careful short cut.
-            ids = {text: self._leading_ids(text, cap) for text in group if len(text) > 16 * cap + 64}
+            long = {text: self._leading(text, cap) for text in group if len(text) > 16 * cap + 64}
+            ids = {text: found_ids for text, (found_ids, _) in long.items()}
             ids.update(self.encode(text for text in group if text not in ids))
             kept = {text: self.tokenizer.decode(ids[text][:cap], skip_special_tokens=False) for text in group
                     if len(ids[text]) > cap}
@@ -111,7 +112,8 @@ class TextEncoder:
                 if text in kept:
                     entry = CutText(kept[text], np.asarray(kept_ids[kept[text]], np.int32), cap, True)
                 else:
-                    entry = CutText(text, np.asarray(ids[text], np.int32), len(ids[text]), False)
+                    read = long[text][1] if text in long else text
+                    entry = CutText(read, np.asarray(ids[text], np.int32), len(ids[text]), read is not text)
                 found[text] = entry
                 self._remember((text, cap), entry)
         return [found[text] for text in texts]
@@ -124,21 +126,22 @@ class TextEncoder:
         encodings = _guarded(self.tokenizer.encode_batch_fast, ordered, add_special_tokens=False)
         return {text: encoding.ids for text, encoding in zip(ordered, encodings, strict=True)}
 
-    def _leading_ids(self, text: str, cap: int) -> list[int]:
-        """At least `cap + 1` leading ids of a long text, or all of them; see the module's description."""
+    def _leading(self, text: str, cap: int) -> tuple[list[int], str]:
+        """At least `cap + 1` leading ids of a long text, or all of them, and the text: where the rule of the module's
+        description applies, the piece of it that was read."""
         most = min(_MOST_CHARS, (cap + 1) * self._longest_token + 4096)
         chars = 16 * cap + 64
         while chars < min(most, len(text)):
             ids = self._certain_ids(text, chars, cap)
             if len(ids) > cap:
-                return ids
+                return ids, text
             chars *= 4
         if len(text) <= most:
-            return self.encode([text])[text]
+            return self.encode([text])[text], text
         # As long a piece as may be read: what is certain of it, or the rule.
         ids = self._certain_ids(text, most, cap)
         piece = text[:most]
-        return ids if len(ids) > cap else self.encode([piece])[piece]
+        return (ids, text) if len(ids) > cap else (self.encode([piece])[piece], piece)
 
     def _certain_ids(self, text: str, chars: int, cap: int) -> list[int]:
         """Ids of a leading piece of about `chars` characters that the whole text has, too."""
@@ -192,7 +195,9 @@ _encoders: WeakSet[TextEncoder] = WeakSet()
 
 
 def _release_locks() -> None:
-    """In a forked child: a lock that another thread of the parent held is held for ever."""
+    """In a forked child: a lock that another thread of the parent held is held for ever, and so waits the library for
+    its threads, unless it is told that they are gone (it knows by itself only where nobody has set this variable)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for encoder in list(_encoders):
         encoder._lock = Lock()
 

@@ -242,3 +242,32 @@ def test_damaged_datasets_are_named(dataset_folder, tmp_path, file, content, mes
     (tmp_path / "copy" / file).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_beir(tmp_path / "copy", "dev")
+
+
+@pytest.mark.parametrize("line", ["q0 Q0 d3 1 nan x", "q0 Q0 d4 2 0.1 x"])
+def test_runs_without_an_order_are_refused(dataset_folder, tmp_path, line):
+    (tmp_path / "run").write_text(f"q0 Q0 d4 1 0.5 x\n{line}\n")
+    with pytest.raises(ValueError, match=r"run:2: expected a number, and every document once"):
+        read_trec_run(tmp_path / "run", read_beir(dataset_folder, "dev"), 10)
+
+
+def test_what_would_be_dropped_from_a_dataset_is_refused(dataset_folder, tmp_path):
+    shutil.copytree(dataset_folder, tmp_path / "copy")
+    (tmp_path / "copy" / "qrels" / "dev.tsv").write_text("q0\td0\t1.0\n")  # no header
+    with pytest.raises(ValueError, match=r"dev\.tsv:1"):
+        read_beir(tmp_path / "copy", "dev")
+    corpus = (tmp_path / "copy" / "corpus.jsonl").read_text()
+    (tmp_path / "copy" / "corpus.jsonl").write_text(corpus + corpus.split("\n")[0] + "\n")
+    with pytest.raises(ValueError, match="two documents"):
+        read_beir(tmp_path / "copy", "dev")
+
+
+def test_a_run_that_was_tampered_with_is_refused(dataset_folder, tmp_path, small_reranker):
+    dataset = read_beir(dataset_folder, "dev")
+    path = tmp_path / "run.jsonl"
+    rerank_run(small_reranker, dataset, bm25_candidates(dataset, 3), path, {})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["documents"] = rows[1]["documents"][:1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"run\.jsonl:2"):
+        rerank_run(small_reranker, dataset, bm25_candidates(dataset, 3), path, {})

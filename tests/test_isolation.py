@@ -179,3 +179,77 @@ def test_the_identity_tells_apart_what_changes_scores(small, tiny_windowed):
     others.append(Reranker.from_pretrained(tiny_windowed).identity())
     assert all(other != plain for other in others) and Reranker.from_pretrained(small).identity() == plain
     assert set(plain) == {"model", "digest", "dtype", "backend"} and len(plain["digest"]) == 64
+
+
+def test_state_is_put_back_when_the_last_pass_is_done():
+    """Passes of several threads overlap: the first to end doesn't take the state from under the others."""
+    import threading
+
+    inside, leave, seen = threading.Event(), threading.Event(), []
+
+    def long():
+        with isolated(torch.device("cpu")):
+            inside.set()
+            leave.wait(10)
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        with isolated(torch.device("cpu")):
+            thread = threading.Thread(target=long)
+            thread.start()
+            inside.wait(10)
+        leave.set()
+        thread.join()
+        assert seen == [True] and not torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
+FORKED_FIRST = """
+import os, pickle, sys, time
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+import torch
+torch.set_num_threads(2)
+from lastrerank import Reranker
+folder, target = sys.argv[1:]
+reranker = Reranker.from_pretrained(folder)
+reranker.rerank("rivers", [f"text {i}" for i in range(40)])
+torch.randn(4_000_000).sum()
+kept = pickle.dumps(reranker)
+children = []
+for job in (lambda: Reranker.from_pretrained(folder), lambda: pickle.loads(kept), lambda:
+reranker.save_pretrained(target),
+            lambda: reranker.rerank("rivers", [f"another {i}" for i in range(40)])):
+    child = os.fork()
+    if not child:
+        job()
+        os._exit(0)
+    children.append(child)
+end, codes = time.monotonic() + 60, []
+for child in children:
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done or time.monotonic() > end:
+            codes.append(os.waitstatus_to_exitcode(status) if done else "hung")
+            done or os.kill(child, 9)
+            break
+        time.sleep(0.02)
+print(codes)
+"""
+
+
+def test_a_forked_child_loads_unpickles_saves_and_tokenises(small, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED_FIRST, str(small), str(tmp_path / "saved")], capture_output=True, text=True,
+        timeout=200, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines()[-1] == "[0, 0, 0, 0]"
+
+
+def test_a_pickle_of_a_relative_path_is_read_elsewhere(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    kept = pickle.dumps(Reranker.from_pretrained(small.name))
+    monkeypatch.chdir(tmp_path)
+    assert pickle.loads(kept).rerank("q", ["a"])

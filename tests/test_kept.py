@@ -29,15 +29,15 @@ def test_a_file_state_knows_replacement_from_overwriting(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"one")
     state = FileState.of(path)
-    assert state.is_current() and not state.was_overwritten()
+    assert state.is_current() and state.now() is None
     write_file(path, "two")
-    assert not state.is_current() and not state.was_overwritten()
+    assert not state.is_current() and state.now() is None
     state = FileState.of(path)
     with path.open("ab") as file:
         file.write(b"!")
-    assert not state.is_current() and state.was_overwritten()
+    assert not state.is_current() and state.now() == FileState.of(path)
     path.unlink()
-    assert not state.is_current() and not state.was_overwritten()
+    assert not state.is_current() and state.now() is None
 
 
 def test_a_file_is_replaced_or_left(tmp_path, monkeypatch):

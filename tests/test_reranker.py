@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 import lastrerank.progress
 from bench.baseline import TransformersReranker
@@ -275,3 +276,94 @@ def test_save_pretrained_round_trip(reranker, tmp_path, documents):
     reranker.save_pretrained(tmp_path)
     again = Reranker.from_pretrained(tmp_path, backend="reference")
     assert scores(again.rerank("q", documents[:5])).tolist() == scores(reranker.rerank("q", documents[:5])).tolist()
+
+
+class Markup(str):
+    """A kind of str that is something else by + (as markupsafe's) and equal to a plain one."""
+
+    def __radd__(self, other):
+        return Markup(str(other).replace("<", "&lt;") + str(self))
+
+    def __add__(self, other):
+        return Markup(str(self) + str(other).replace("<", "&lt;"))
+
+
+def test_kinds_of_str_are_what_they_say(small):
+    texts = ["\nrivers of france", " <b> two", "three"]
+    get = lambda reranker, query, documents: [  # noqa: E731
+        (r["index"], r["relevance_score"]) for r in reranker.rerank(query, documents, instruction=type(query)("<i>"))
+    ]
+    expected = get(Reranker.from_pretrained(small), "a <query>", texts)
+    fresh = Reranker.from_pretrained(small)
+    assert get(fresh, Markup("a <query>"), [Markup(text) for text in texts]) == expected
+    assert get(fresh, Markup("a <query>"), [{"text": Markup(text)} for text in texts]) == expected
+    assert get(fresh, "a <query>", texts) == expected
+    given = Markup("its own object")
+    assert fresh.rerank("q", [given])[0]["document"] is given
+
+
+def test_arrays_and_columns_are_lists(small_reranker):
+    texts = ["one", "two", "three"]
+    expected = [(r["index"], r["relevance_score"]) for r in small_reranker.rerank("q", texts)]
+
+    class Column:
+        """As pandas has it: indexed by labels."""
+
+        def tolist(self):
+            return list(texts)
+
+        def __getitem__(self, label):
+            raise KeyError(label)
+
+    for documents in (np.array(texts), np.array(texts, object), Column(), tuple(texts)):
+        assert [(r["index"], r["relevance_score"]) for r in small_reranker.rerank("q", documents)] == expected
+    for documents in (np.float64(1), {"a", "b"}, iter(texts), b"bytes", 5):
+        with pytest.raises(TypeError, match="documents is a"):
+            small_reranker.rerank("q", documents)
+
+
+def test_an_empty_instruction_is_none(small_reranker):
+    plain = small_reranker.encode(RerankRequest("q", ["a"]))
+    for instruction in (None, ""):
+        encoded = small_reranker.encode(RerankRequest("q", ["a"], instruction=instruction))
+        assert encoded.num_tokens == plain.num_tokens
+    assert small_reranker.encode(RerankRequest("q", ["a"], instruction=" ")).num_tokens > plain.num_tokens
+
+
+def test_as_a_cross_encoder(small_reranker):
+    pairs = [("q", "one"), ("q", "two")]
+    scores = small_reranker.predict(pairs)
+    assert isinstance(scores, np.ndarray) and scores.dtype == np.float32
+    options = {"batch_size": 8, "show_progress_bar": False, "prompt_name": None, "num_workers": 0}
+    assert small_reranker.predict(pairs, convert_to_numpy=True, **options).tolist() == scores.tolist()
+    assert small_reranker.predict(pairs, convert_to_tensor=True).tolist() == scores.tolist()
+    assert [float(x) for x in small_reranker.predict(pairs, convert_to_numpy=False)] == scores.tolist()
+    assert float(small_reranker.predict(pairs[0])) == pytest.approx(float(small_reranker.predict(pairs[:1])[0]))
+    assert small_reranker.predict(np.array(pairs)).tolist() == scores.tolist()
+    assert len(small_reranker.rank("q", ["one", "two"], top_k=1, batch_size=8)) == 1
+    for option in ({"prompt_name": "web"}, {"apply_softmax": True}, {"activation_fn": torch.nn.Sigmoid()}):
+        with pytest.raises(ValueError, match="would change the scores"):
+            small_reranker.predict(pairs, **option)
+    with pytest.raises(TypeError, match="surprise is 1"):
+        small_reranker.rank("q", ["one"], surprise=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"template": None}, "template is None"), ({"template": {}}, "template is"),
+     ({"backend": ["native"]}, "backend is"),
+     ({"dtype": 5}, "dtype is 5"), ({"id_or_path": "a" * 5000}, "id_or_path is")],
+)  # fmt: skip
+def test_arguments_of_other_kinds_are_named(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Reranker.from_pretrained(**{"id_or_path": small, **arguments})
+
+
+def test_more_bad_requests_are_named(small_reranker):
+    for budget in ("10", float("nan"), 0, True):
+        with pytest.raises(ValueError, match="max_batch_tokens is"):
+            small_reranker.rerank_many([{"query": "q", "documents": ["a"]}], max_batch_tokens=budget)
+    with pytest.raises(ValueError, match="request has fields"):
+        small_reranker.rerank_many([{"query": "q", "documents": [], 5: 1}])
+    assert repr(small_reranker).startswith("Reranker('small") and "0x" not in repr(small_reranker)
+    assert Reranker.from_pretrained(dtype=torch.float32).checkpoint.name == "lastrerank-13m"

@@ -227,3 +227,71 @@ def test_weights_that_are_overwritten_under_a_model_are_noticed(small, other, tm
         score(served)
     with pytest.raises((RuntimeError, ValueError), match=r"overwritten|changed"):
         served.identity()
+
+
+def test_an_overwritten_file_with_the_old_time_is_noticed_and_a_new_link_is_no_matter(small, other, tmp_path):
+    shutil.copytree(small, tmp_path / "model")
+    served, path = load(tmp_path / "model"), tmp_path / "model" / "model.safetensors"
+    before, found = score(served), path.stat()
+    os.link(path, tmp_path / "backup")
+    path.chmod(0o600)
+    assert score(served) == before
+    with path.open("r+b") as file:
+        file.write((other / "model.safetensors").read_bytes())
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(RuntimeError, match="was overwritten"):
+        score(served)
+    with pytest.raises(ValueError, match="has changed since it was loaded"):
+        served.identity()
+
+
+def test_what_comes_into_a_folder_while_it_is_saved_stays(small, other, tmp_path):
+    """Files and folders of others, written all the while: none is lost, nothing is left beside the folder."""
+    import threading
+
+    target, models, stop, made = tmp_path / "target", [load(small), load(other)], threading.Event(), []
+    shutil.copytree(small, target)
+    (target / "logs").mkdir()
+
+    def write():
+        while not stop.wait(0.002) and len(made) < 400:
+            name = f"user{len(made)}"
+            try:
+                if len(made) % 7:
+                    (target / name).write_text("mine")
+                else:
+                    (target / name).mkdir()
+            except FileNotFoundError:  # between two folders of that name
+                continue
+            made.append(name)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for number in range(20):
+        models[number % 2].save_pretrained(target)
+    stop.set()
+    thread.join()
+    there = {path.name for path in target.iterdir()}
+    assert {*made, "logs"} <= there and len(made) > 20
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_a_killed_save_has_left_is_given_back(small, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(small, target)
+    left = tmp_path / ".target.1-abcdef01.partial"
+    shutil.copytree(small, left)
+    (left / "runs").mkdir()
+    (left / "notes.txt").write_text("mine")
+    load(small).save_pretrained(target)
+    assert (target / "runs").is_dir() and (target / "notes.txt").read_text() == "mine"
+    os.utime(left, (0, 0))
+    load(small).save_pretrained(target)
+    assert not left.exists()
+
+
+def test_saving_where_the_process_stands(small, tmp_path, monkeypatch):
+    shutil.copytree(small, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    load(".").save_pretrained(".")
+    assert "config.json" in os.listdir(".") and os.getcwd() == str(tmp_path / "here")

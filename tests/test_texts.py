@@ -69,7 +69,7 @@ LONG = {
 def test_leading_ids_are_those_of_the_whole_text(encoder, name, cap):
     text = LONG[name]
     whole = encoder.encode([text])[text]
-    leading = encoder._leading_ids(text, cap)
+    leading = encoder._leading(text, cap)[0]
     assert leading[: cap + 1] == whole[: cap + 1] and len(leading) >= min(cap + 1, len(whole))
 
 
@@ -88,7 +88,7 @@ def test_leading_ids_of_generated_runs(parts, cap):
     encoder = _shared_encoder()
     text = "".join(piece * count for piece, count in parts)
     whole = encoder.encode([text])[text]
-    assert encoder._leading_ids(text, cap)[: cap + 1] == whole[: cap + 1]
+    assert encoder._leading(text, cap)[0][: cap + 1] == whole[: cap + 1]
 
 
 _made: list[TextEncoder] = []
@@ -131,6 +131,7 @@ def test_what_no_rule_decides_is_read_as_if_it_ended(monkeypatch):
     assert not encoder._divides_runs
     one, two = (encoder.cut(["漢" * 100_000 + tail], 3)[0] for tail in ("", "and more"))
     assert one.ids.tolist() == two.ids.tolist() and one.length == two.length
+    assert one.cut and two.cut and one.text == two.text and len(one.text) <= 1 << 12
 
 
 def test_megabytes_cost_what_the_cap_costs(encoder):
@@ -198,7 +199,7 @@ def test_a_control_token_at_the_end_of_a_piece_is_not_torn():
     for shift in range(0, 24):
         text = "x " * 40 + "y" * shift + "<|im_end|>" * 3000
         whole = published.encode([text])[text]
-        assert published._leading_ids(text, 30)[:31] == whole[:31]
+        assert published._leading(text, 30)[0][:31] == whole[:31]
     assert EMBED_TOKEN not in published.cut([EMBED_TOKEN * 0 + "plain"], 5)[0].text
 
 

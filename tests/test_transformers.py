@@ -378,3 +378,58 @@ def test_an_accelerated_pass_is_not_autocast():
     expected = model(input_ids=ids).last_hidden_state
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(input_ids=ids).last_hidden_state, expected)
+
+
+def replace_linear(model):
+    model.layers[1].self_attn.q_proj = torch.nn.Linear(64, 128, bias=False)
+
+
+LATER = [
+    lora, subclassed, replace_linear, attribute("norm.variance_epsilon", 0.5),
+    attribute("layers.0.self_attn.scaling", 0.5),
+    lambda model: model.layers[0].mlp.register_forward_hook(lambda module, inputs, out: out + 1),
+    lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True),
+    lambda model: model.set_input_embeddings(torch.nn.Embedding(300, 64)),
+    lambda model: model.to(torch.bfloat16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda change: change.__name__)
+def test_a_decoder_that_changes_after_it_was_accelerated_is_noticed(change):
+    model = lastrerank.accelerate(spread(decoder()))
+    ids = torch.randint(0, 300, (1, 6))
+    model(input_ids=ids)
+    change(model)
+    with pytest.raises(ValueError, match="has changed since it was accelerated"):
+        model(input_ids=ids)
+
+
+def test_packed_copies_do_not_go_stale():
+    if lastrerank.ops.availability(torch.device("cpu"), torch.float32)["native"]:
+        pytest.skip("the native backend is not built here")
+    model = lastrerank.accelerate(spread(decoder()), "native")
+    ids = torch.randint(0, 300, (1, 6))
+    model(input_ids=ids)
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="has changed since it was accelerated"):
+        model(input_ids=ids)
+
+
+def test_what_is_patched_outside_of_the_model_is_noticed(monkeypatch):
+    from transformers.models.qwen3 import modeling_qwen3
+
+    model = spread(decoder())
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_qwen3, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+        with pytest.raises(TypeError, match="apply_rotary_pos_emb has been replaced"):
+            lastrerank.accelerate(model)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, out: None)
+    try:
+        with pytest.raises(TypeError, match="a hook for all modules"):
+            lastrerank.accelerate(model)
+    finally:
+        hook.remove()
+    model.layers[0].mlp.__dict__["act_fn"] = torch.tanh
+    with pytest.raises(TypeError, match="act_fn has been set to"):
+        lastrerank.accelerate(model)

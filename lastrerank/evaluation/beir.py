@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ def read_beir(
     root, query_root = Path(folder), Path(query_folder or folder)
     documents = {}
     for row in _rows(root, "corpus"):
+        if str(row["_id"]) in documents:
+            raise ValueError(f"{root}: the corpus has two documents {row['_id']!r}")
         title = row.get("title") or ""
         documents[str(row["_id"])] = f"{title} {row['text']}".strip() if title else row["text"]
     path = query_root / "qrels" / f"{split}.tsv"
@@ -59,7 +62,7 @@ def read_beir(
         if not line:
             continue
         fields = line.split("\t")
-        if number == 0 and len(fields) == 3 and not fields[2].lstrip("-").isdigit():
+        if number == 0 and len(fields) == 3 and not re.fullmatch(r"[-+.\deE]+", fields[2]):
             continue  # a header
         if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
             raise ValueError(f"{path}:{number + 1}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r:.80}")

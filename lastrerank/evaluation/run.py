@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -45,6 +46,7 @@ def read_trec_run(path: str | os.PathLike[str], dataset: BeirDataset, depth: int
         ValueError: a line is malformed, names an unknown document, or no query of the dataset is in the file.
     """
     found: dict[str, list[tuple[float, str]]] = {}
+    seen: set[tuple[str, str]] = set()
     for number, line in enumerate(lines_of(Path(path)), 1):
         fields = re.split(r"[ \t]+", line.strip(" \t"))  # identifiers may hold any other white space
         if fields == [""]:
@@ -56,6 +58,9 @@ def read_trec_run(path: str | os.PathLike[str], dataset: BeirDataset, depth: int
             raise ValueError(f"{path}:{number}: {expected}, got {line!r:.80}") from error
         if document not in dataset.documents:
             raise ValueError(f"{path}:{number}: document {document!r} is not in the corpus")
+        if math.isnan(score) or (query, document) in seen:
+            raise ValueError(f"{path}:{number}: expected a number, and every document once: {line!r:.80}")
+        seen.add((query, document))
         found.setdefault(query, []).append((score, document))
     if not found.keys() & dataset.queries.keys():
         raise ValueError(f"{path}: none of the {len(dataset.queries)} queries is in it")
@@ -112,7 +117,7 @@ def rerank_run(
         for q, names in candidates.items()
     }
     with locked(target, "this run"):
-        done = _read_run(target, json.loads(json.dumps(own)), inputs)
+        done = _read_run(target, json.loads(json.dumps(own)), inputs, candidates)
         resumed, started, tokens = len(done), time.perf_counter(), 0
         left = [query for query in candidates if query not in done]
         if resumed:
@@ -147,7 +152,7 @@ def _groups(items: list[str], size: int) -> list[list[str]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def _read_run(path: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Ranking:
+def _read_run(path: Path, settings: Mapping[str, Any], inputs: Mapping[str, str], candidates: Ranking) -> Ranking:
     """Finished queries of an earlier start."""
     rows = read_records(path)
     if not rows:
@@ -164,7 +169,9 @@ def _read_run(path: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]
     done: Ranking = {}
     for number, row in enumerate(rows[1:], 2):
         query = str(row.get("query"))
-        if query not in inputs or row.get("input") != inputs[query] or not isinstance(row.get("documents"), list):
+        found = row.get("documents")
+        same = query in inputs and row.get("input") == inputs[query] and isinstance(found, list)
+        if not same or sorted(map(str, found)) != sorted(candidates[query]):  # type: ignore[arg-type]
             raise ValueError(f"{path}:{number}: query {query!r} has other candidates or other texts now")
         done[query] = row["documents"]
     return done

@@ -4,6 +4,7 @@ computes, and that our forward doesn't know, is refused by name."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,8 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
             raise ValueError("input_ids is missing or not [batch, length]")
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             raise TypeError(f"attention_mask is a {type(attention_mask).__name__}, expected a tensor [batch, length]")
+        if _fingerprint(decoder, values=backend == "native") != before:
+            raise ValueError("the decoder has changed since it was accelerated: accelerate it again")
         unknown = [name for name, value in other.items() if value is not None and name not in _HARMLESS]
         if unknown:
             raise TypeError(f"an accelerated decoder doesn't know the argument {unknown[0]!r}")
@@ -90,6 +93,7 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
         every: Any = (*(None for _ in range(config.num_layers)), last) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=every)
 
+    before = _fingerprint(decoder, values=backend == "native")
     forward.is_lastrerank = True  # type: ignore[attr-defined]
     decoder.forward = forward
     return model
@@ -111,6 +115,13 @@ def _account(decoder: Any) -> None:
     """
     if type(decoder).__module__ not in (f"transformers.models.{x}.modeling_{x}" for x in ("qwen2", "qwen3")):
         raise TypeError(f"the decoder is a {type(decoder).__module__}.{type(decoder).__name__}, not Transformers' own")
+    modeling = sys.modules[type(decoder).__module__]
+    for function in ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward"):
+        if not _origin(getattr(modeling, function, None)).startswith("transformers."):
+            raise TypeError(f"{modeling.__name__}.{function} has been replaced by something that we don't compute")
+    for hooks in _global_hooks():
+        for hook in hooks.values():
+            raise TypeError(f"there is a hook for all modules ({hook!r:.80}): it may change anything")
     with torch.device("meta"):
         twin = type(decoder)(decoder.config)
     expected, found = (dict(x.named_modules(remove_duplicate=False)) for x in (twin, decoder))
@@ -122,6 +133,12 @@ def _account(decoder: Any) -> None:
             raise TypeError(f"{where} is a {type(module).__module__}.{type(module).__name__}: it may compute anything")
         if "forward" in vars(module) or not _origin(type(module).forward).startswith(_ORIGINS):
             raise TypeError(f"{where}.forward has been replaced by something that we don't compute")
+        for attribute, value in vars(module).items():
+            own_value = vars(own).get(attribute)
+            if attribute in module._modules or (
+                callable(value) and not attribute.startswith("_") and value is not own_value
+            ):
+                raise TypeError(f"{where}.{attribute} has been set to {value!r:.80}, which we don't compute with")
         for hook in _hooks(module):
             raise TypeError(f"{where} has a hook ({getattr(hook, '__qualname__', hook)!s:.80}): it may change anything")
         for attribute, value in _simple(module).items():
@@ -133,6 +150,26 @@ def _account(decoder: Any) -> None:
     dtypes = {(parameter.dtype, parameter.device) for parameter in decoder.parameters()}
     if len(dtypes) > 1:
         raise ValueError(f"parameters are of {len(dtypes)} dtypes or devices, expected one: {sorted(map(str, dtypes))}")
+
+
+def _fingerprint(decoder: Any, values: bool) -> tuple[Any, ...]:
+    """What makes a decoder the one that was accounted for, quickly: modules, hooks, attributes, where parameters lie,
+    and with `values` how often they were written to (packed copies don't follow)."""
+    parts: list[Any] = [len(hooks) for hooks in _global_hooks()]
+    for module in decoder.modules():
+        shadowed = [name for name in vars(module) if callable(vars(module)[name]) and not name.startswith("_")]
+        parts.append((id(module), type(module), sum(1 for _ in _hooks(module)), _simple(module) | {"training": None},
+                      shadowed if module is not decoder else None))  # fmt: skip
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parts.append((parameter.data_ptr(), parameter.dtype, parameter._version if values else 0))
+    return tuple(parts)
+
+
+def _global_hooks() -> tuple[Any, Any]:
+    from torch.nn.modules import module
+
+    return module._global_forward_pre_hooks, module._global_forward_hooks
 
 
 def _account_tensors(where: str, kind: str, found: dict[str, Any], expected: dict[str, Any]) -> None:

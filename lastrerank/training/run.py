@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,11 @@ def _train(
 ) -> dict[str, Any]:
     begin = open_checkpoint(start)
     # What the weights at a step depend on, beside the recipe.
-    identity = {"start": begin.digest(), "data": _data_digest(data), "weights": dict(weights) if weights else None}
+    sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
+    identity = {
+        "start": begin.digest(), "data": _data_digest(data), "weights": dict(weights) if weights else None,
+        "dev": [digest(s.dataset.name, s.dataset.queries, s.dataset.qrels, s.dataset.documents) for s in sets],
+    }  # fmt: skip
     lists = data
     if not any((lists / f"lists.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
         lists = mine_folder(data, target / "lists", progress=progress)
@@ -94,11 +99,10 @@ def _train(
     records: list[dict[str, Any]] = []
     if state.is_file():
         trainer.load_state(state)
-        records = [row for row in read_records(log_path) if row["step"] <= trainer.step]
+        records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
         logger.warning("%s: going on from step %d of %d", target, trainer.step, config.steps)
     write_records(log_path, records)
     write_file(target / "recipe.json", json.dumps(asdict(config), indent=1) + "\n")
-    sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
     steps = config.steps - trainer.step
     with log_path.open("a", encoding="utf-8") as log, Progress("training", "steps", progress, steps) as bar:
 
@@ -109,19 +113,33 @@ def _train(
                 mean = sum(scores.values()) / len(sets)
                 log.write(json.dumps({"step": trainer.step, "dev": scores, "dev_mean": mean}) + "\n")
                 log.flush()
-                if _best(read_records(log_path))[1] == 0:
+                if _best(_read_log(log_path))[1] == 0:
                     trainer.save_checkpoint(target / "best")
             trainer.save_state(state)
-            plot(read_records(log_path), target / "progress.png")
+            plot(_read_log(log_path), target / "progress.png")
 
         if not records:  # the start itself: a training that only harms must show
             look()
-        while trainer.step < config.steps and (patience is None or _best(read_records(log_path))[1] < patience):
+        while trainer.step < config.steps and (patience is None or _best(_read_log(log_path))[1] < patience):
             trainer.train(log, until=trainer.step + every, on_step=lambda: bar.advance(1))
             look()
     result = {"step": trainer.step, "output": str(target)}
-    records = read_records(log_path)
+    records = _read_log(log_path)
     return result | ({"best_dev_ndcg": _best(records)[0], **records[-1]} if sets else {})
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Records that steps and looks have written.
+
+    Raises:
+        ValueError: one is none; the message names file and line.
+    """
+    records = read_records(path)
+    for number, row in enumerate(records, 1):
+        mean = row.get("dev_mean", 0.0)
+        if type(row.get("step")) is not int or not isinstance(mean, float) or not math.isfinite(mean):
+            raise ValueError(f"{path}:{number}: no record of a training: {str(row)[:80]}")
+    return records
 
 
 def _data_digest(folder: Path) -> str:
