@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,22 @@ class Scored:
     vectors: np.ndarray
 
 
+class ModelCard:
+    """Where sentence-transformers' evaluators leave their last results."""
+
+    metrics: Mapping[str, float] = MappingProxyType({})
+
+    def set_evaluation_metrics(
+        self, evaluator: Any, metrics: Mapping[str, float], epoch: int = 0, step: int = 0
+    ) -> None:
+        """As those of its own models."""
+        self.metrics = dict(metrics)
+
+
 class Reranker:
     """A last-token listwise reranker. Made by `from_pretrained`; may be used from several threads."""
+
+    num_labels = 1  # of a CrossEncoder
 
     def __init__(
         self,
@@ -89,6 +104,7 @@ class Reranker:
         self.model, self.encoder = model, encoder
         self.device, self.backend, self.dtype, self.deterministic = device, backend, dtype, deterministic
         self._made_by = made_by
+        self.model_card_data = ModelCard()
         self._digest: str | None = None
         # The table is the memory of its file, which may be written to: what it was is known by a checksum.
         self._checksum = _checksum(model.weights.embedding) if device.type == "cpu" else 0

@@ -179,6 +179,7 @@ class NativeOperations(ReferenceOperations):
         starts = check_attention(q, k, v, cu_seqlens, seqlens, window, rows, out)
         out = _empty(*q.shape) if out is None else out
         bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
+        out[bounds[-1] :] = 0  # of no sequence
         for s, length in enumerate(seqlens):
             first, last = bounds[s], bounds[s + 1]
             if first == last:

@@ -74,7 +74,7 @@ def check_attention(
     rows: Tensor | None,
     out: Tensor | None,
 ) -> list[int]:
-    """The starts of the sequences and the end.
+    """The starts of the sequences and the end; rows beyond it belong to none (static buckets have such).
 
     Raises:
         ValueError: shapes don't fit, sequences are not those of the rows, or rows to read are not theirs.
@@ -85,7 +85,7 @@ def check_attention(
     _require(out is None or out.shape == q.shape, "out as q", out=out, q=q)
     starts: list[int] = cu_seqlens.tolist()
     lengths = tuple(b - a for a, b in pairwise(starts))
-    if not starts or starts[0] != 0 or starts[-1] != len(k) or lengths != tuple(seqlens) or min(lengths, default=0) < 0:
+    if not starts or starts[0] != 0 or starts[-1] > len(k) or lengths != tuple(seqlens) or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens is {starts!s:.80}, seqlens {seqlens!s:.80}: not the sequences of {len(k)} rows")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected None or at least 1")
