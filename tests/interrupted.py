@@ -145,14 +145,16 @@ def train(root: Path, kills: int) -> dict[str, object]:
         run_training(start, data, output, config, every=3, progress=False)
 
     wrong, at_work, number = [], 0, 0
+    duration(lambda: job(root / "first"))
     seconds = duration(lambda: job(root / "whole"))
     whole = (root / "whole" / "last" / "model.safetensors").read_bytes()
     rng = random.Random(0)
     while number < kills:
         output = root / f"out{number}"
-        for _ in range(6):
-            at_work += killed_at(lambda o=output: job(o), rng.uniform(0, 0.8 * seconds))
-            number += 1
+        killed = True
+        while killed and number < kills:
+            killed = killed_at(lambda o=output: job(o), rng.uniform(0, 0.5 * seconds))
+            at_work, number = at_work + killed, number + 1
             if (output / "last").exists():
                 try:
                     scores(output / "last")
