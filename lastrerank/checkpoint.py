@@ -10,12 +10,14 @@ import json
 import os
 import re
 import stat
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -83,6 +85,24 @@ class Checkpoint:
         found = digest(*(part for state in self.files for part in (state.path.name, state.path)))
         self._check_current("since it was loaded")
         return found
+
+    def embedding_checksum(self) -> int:
+        """Of the table's bytes, at the speed of memory; read apart from the mapping that `weights` gives, whose pages
+        stay on disk until they are used.
+
+        Raises:
+            ValueError: the files can't be read any more.
+        """
+        with _Tensors(self.folder) as tensors:
+            name = next((name for name in tensors.names() if _canonical(name) == _EMBEDDING), None)
+            if name is None:
+                raise ValueError(f"{self.folder}: {_EMBEDDING} is missing")
+            raw = tensors.read(name).contiguous().reshape(-1).view(torch.uint8).numpy()
+            rows = raw[: len(raw) // 32768 * 32768].view(np.uint64).reshape(-1, 4096)
+            # Sums modulo 2^64 of the words, weighed by row and by column.
+            sums = (rows.sum(axis, dtype=np.uint64) for axis in (0, 1))
+            weighed = [int((x * np.arange(1, len(x) + 1, dtype=np.uint64)).sum(dtype=np.uint64)) for x in sums]
+            return zlib.crc32(raw[rows.nbytes :].tobytes()) + (weighed[0] << 32) + (weighed[1] << 96)
 
     def touched(self) -> FileState | None:
         """A weights file that was written to in place, or whose attributes were changed, since it was opened."""

@@ -106,8 +106,8 @@ class Reranker:
         self._made_by = made_by
         self.model_card_data = ModelCard()
         self._digest: str | None = None
-        # The table is the memory of its file, which may be written to: what it was is known by a checksum.
-        self._checksum = _checksum(model.weights.embedding) if device.type == "cpu" else 0
+        # On a CPU the table is the memory of its file, which may be written to: what it was is known by a checksum.
+        self._checksum = checkpoint.embedding_checksum() if device.type == "cpu" else 0
         self._seen: FileState | None = None
         self._graphs: GraphedModel | None = None
 
@@ -497,9 +497,11 @@ class Reranker:
         """Raises RuntimeError where the weights' file was overwritten in place; new attributes and links are no
         matter."""
         if self.device.type == "cpu" and (touched := self.checkpoint.touched()) is not None and touched != self._seen:
-            loaded = next(state for state in self.checkpoint.files if state.path == touched.path)
-            table = self.model.weights.embedding
-            if touched.size < loaded.size or _checksum(table) != self._checksum:  # not read where it was cut off
+            try:
+                same = self.checkpoint.embedding_checksum() == self._checksum
+            except ValueError:  # cut off
+                same = False
+            if not same:
                 raise RuntimeError(f"{touched.path} was overwritten while its weights are in use: load the model again")
             self._seen = touched
 
@@ -512,19 +514,6 @@ class Reranker:
                 f"document don't fit the context of {self.config.max_context} tokens"
             )
         return query_cap, doc_cap
-
-
-def _checksum(table: torch.Tensor) -> int:
-    """Of a tensor's bytes, at the speed of memory: sums modulo 2^64 of the words, weighed by row and by column."""
-    raw = table.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    words = np.zeros(-(-len(raw) // 32768) * 4096, np.uint64) if len(raw) % 32768 else raw.view(np.uint64)
-    if len(raw) % 32768:
-        words.view(np.uint8)[: len(raw)] = raw
-    rows = words.reshape(-1, 4096)
-    by_row, by_column = rows.sum(1, dtype=np.uint64), rows.sum(0, dtype=np.uint64)
-    return hash(tuple(
-        int((sums * np.arange(1, len(sums) + 1, dtype=np.uint64)).sum(dtype=np.uint64)) for sums in (by_row, by_column)
-    ))  # fmt: skip
 
 
 def _advance(bar: Progress, documents: float, tokens: int) -> None:
