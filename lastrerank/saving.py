@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +157,16 @@ def _auto_map(names: Any, folder: Path | None, hub_id: str | None) -> tuple[dict
     kept: dict[str, Any] = {}
     files: dict[str, Path] = {}
     for key, value in names.items():
-        if not isinstance(value, str) or "--" in value:  # of another repository: true everywhere
+        # A tokenizer has two classes, of which one may be null. With "--" it is of another repository: true everywhere.
+        listed = value if isinstance(value, list) else [value]
+        own = [name for name in listed if isinstance(name, str) and "--" not in name]
+        needed = [None if folder is None else _modules(folder, name.split(".")[0]) for name in own]
+        if all(needed):
             kept[key] = value
-            continue
-        needed = _modules(folder, value.split(".")[0]) if folder is not None else None
-        if needed is not None:
-            kept[key] = value
-            files |= needed
+            files |= {name: path for found in needed for name, path in (found or {}).items()}
         elif hub_id is not None:
-            kept[key] = f"{hub_id}--{value}"
+            named = [f"{hub_id}--{name}" if name in own else name for name in listed]
+            kept[key] = named if isinstance(value, list) else named[0]
     return kept, list(files.values())
 
 
@@ -286,12 +287,13 @@ def _exchange(new: Path, target: Path) -> bool:
         for name in linked:
             (new / name).unlink()
         return False
-    # `new` is now the old one.
-    if stands_there:
-        os.chdir(target)
-    for name in linked:
-        (new / name).unlink(missing_ok=True)
-    _give_back(new, target, leaving)
+    # `new` is now the old one. What can't be moved out of it stays in it, for the next save to try.
+    with suppress(OSError):
+        if stands_there:
+            os.chdir(target)
+        for name in linked:
+            (new / name).unlink(missing_ok=True)
+        _give_back(new, target, leaving)
     return True
 
 

@@ -145,6 +145,9 @@ def test_python_files_come_along_or_are_named_where_they_are(small, tmp_path):
     assert saving._auto_map(names, source, "owner/name") == (
         {"AutoModel": "owner/name--modeling.Reranker", "AutoConfig": names["AutoConfig"]}, [],
     )  # fmt: skip
+    both = {"AutoTokenizer": ["tokenization.Slow", None]}
+    assert saving._auto_map(both, source, "o/n") == ({"AutoTokenizer": ["o/n--tokenization.Slow", None]}, [])
+    assert saving._auto_map(both, source, None) == ({}, [])
     load(source).save_pretrained(tmp_path / "local")
     local = json.loads((tmp_path / "local" / "config.json").read_text())
     assert local["auto_map"] == {"AutoConfig": names["AutoConfig"]}
