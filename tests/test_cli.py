@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+
+from lastrerank.documents import read_documents
 
 
 @pytest.fixture
@@ -109,14 +112,15 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_as_people_have_them(run, tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name])
-    done = run("rerank", "a query", name, "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)["results"]
-    assert len(rows) == 2 and {name.split(":")[0].split("[")[0] for name in (row["name"] for row in rows)} == {name}
-    texts = {row["document"] if isinstance(row["document"], str) else row["document"]["text"] for row in rows}
-    assert "one" in texts and all(text.startswith(("one", "two")) for text in texts)
+def test_files_as_people_have_them(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FILES[name])
+    documents, names = read_documents([path])
+    assert len(documents) == 2 and all(own.startswith(str(path)) for own in names) and len(set(names)) == 2
+    texts = [document if isinstance(document, str) else document["text"] for document in documents]
+    assert texts[0] == "one" and texts[1].startswith("two")
+    if b'"id": 7' in FILES[name]:
+        assert documents[1] == {"text": "two", "id": 7}
 
 
 REFUSED = {
@@ -131,15 +135,27 @@ REFUSED = {
     "a.csv": (b"id,body\n1,x\n", "name one of ['id', 'body'] with --column"),
     "b.jsonl": (b'"x"\n{"txt": 1}\n', "b.jsonl:2: expected a string or an object"),
     "a.txt.gz": (b"no gzip", "can't be read"),
+    "b.txt.gz": (gzip.compress(b"text")[:12] + b"\xff" * 20, "can't be read"),
+    "b.csv": (b'text\none\n"two,2\nthree\n', "b.csv:"),
+    "c.csv": (b"text,text\none,two\n", "two columns of one name"),
+    "d.csv": (b"text,id\none,1,2\n", "another number of columns"),
+    "c.jsonl": (b'{"text": "x", "n": 1e999}\n', "c.jsonl:1: not JSON: 1e999"),
+    "d.jsonl": (b'{"text": "x", "n": "\\ud800"}\n', "d.jsonl:1"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_text_is_refused_with_a_hint(run, tmp_path, name):
+def test_what_is_no_text_is_refused_with_a_hint(tmp_path, name):
     content, message = REFUSED[name]
     (tmp_path / name).write_bytes(content)
-    done = run("rerank", "a query", name, "--json")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_documents([tmp_path / name])
+
+
+def test_a_refusal_is_one_line_and_exit_two(run, tmp_path):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4\n")
+    done = run("rerank", "a query", "a.pdf", "--json")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "a PDF" in done.stderr and not done.stdout
 
 
 def test_folders_and_standard_input(run, tmp_path):
