@@ -71,8 +71,12 @@ def theirs(raw, decoder, ids, tmp):
         return model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-@pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("windowed", [False, True], ids=["", "windowed"])
+WITH_WINDOWS = ("layer_types", "max_window_layers", "sliding_window", "num_hidden_layers", "head_dim", "is_causal")
+
+
+@pytest.mark.parametrize(
+    ("field", "windowed"), [*((field, False) for field in FIELDS), *((field, True) for field in WITH_WINDOWS)]
+)
 def test_every_field_with_every_odd_value(world, field, windowed, tmp_path):
     folder, original, decoder = world
     base = {**original, "use_sliding_window": windowed}
