@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Of our own kernels in a forked child; 0 where this process was none when lastrerank was imported.
+# Threads of our own kernels in a forked child; 0 in a process that is none.
 _kernel_threads = 0
 _lock = threading.Lock()
 # By kind of device: passes that are running, and what to put back after the last of them.

@@ -543,17 +543,17 @@ def _load_again(made_by: dict[str, Any], wanted: str) -> Reranker:
     return loaded
 
 
-# Options of sentence-transformers' CrossEncoder that change no score as they are here, and those that would.
-_FREE_OPTIONS = ("num_workers", "prompt_name", "prompt", "convert_to_numpy", "convert_to_tensor", "activation_fn",
-                 "activation_fct", "apply_softmax", "device", "pool", "chunk_size")  # fmt: skip
+# Options of sentence-transformers' CrossEncoder: those that change no score here, and those that would.
+_HARMLESS_OPTIONS = ("num_workers", "convert_to_numpy", "convert_to_tensor", "chunk_size")
+_REFUSED_OPTIONS = ("prompt_name", "prompt", "activation_fn", "activation_fct", "apply_softmax", "device", "pool")
 
 
 def _check_cross_encoder_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
-        if name not in _FREE_OPTIONS:
+        if name not in _HARMLESS_OPTIONS + _REFUSED_OPTIONS:
             raise TypeError(f"{name} is {value!r:.80}: no option of CrossEncoder that is known here")
-        harmless = name in ("num_workers", "convert_to_numpy", "convert_to_tensor", "chunk_size")
-        if not harmless and value is not None and value is not False and type(value).__name__ != "Identity":
+        unset = value is None or value is False or type(value).__name__ == "Identity"
+        if name in _REFUSED_OPTIONS and not unset:
             raise ValueError(f"{name} is {value!r:.80}, which would change the scores: not supported")
 
 

@@ -37,33 +37,39 @@ def checkpoint(folder: Path, seed: int, **overrides: object) -> Path:
     )
 
 
-def killed_at(job: Callable[[], None], seconds: float) -> bool:
-    """Run a job in a child and kill it; whether it was still at work."""
+def child_of(job: Callable[[], None]) -> int:
+    """Start a job, silent, in a child; its exit status is 1 where the job raised."""
     child = os.fork()
     if child == 0:
+        status = 1
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         try:
             job()
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
+    return child
+
+
+def exit_status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(job: Callable[[], None], seconds: float) -> bool:
+    """Run a job in a child and kill it; whether it was still at work."""
+    child = child_of(job)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    status = exit_status(child)
+    assert status in (0, -signal.SIGKILL), status
+    return status == -signal.SIGKILL
 
 
 def duration(job: Callable[[], None]) -> float:
-    """Of a whole run in a child."""
+    """Of a whole run in a child, in seconds."""
     started = time.perf_counter()
-    child = os.fork()
-    if child == 0:
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        try:
-            job()
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert exit_status(child_of(job)) == 0
     return time.perf_counter() - started
 
 
