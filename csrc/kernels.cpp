@@ -469,8 +469,12 @@ constexpr long kKeys = 64;        // keys of a tile
 constexpr long kQueryRows = 96;  // query rows of a task, the group's heads together
 
 void attention(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
-               const float* v, long ldv, long length, long heads, long kv_heads, long dim, long window, float scale,
-               float* out, long ldo) {
+               const float* v, long ldv, long length, const float* prefix_k, const float* prefix_v, long prefix,
+               long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo) {
+  // Keys are tiled from the beginning of what the sequence continues: its rows are bitwise what they would be in one.
+  length += prefix;
+  auto key_row = [=](long key) { return key < prefix ? prefix_k + key * ldk : k + (key - prefix) * ldk; };
+  auto value_row = [=](long key) { return key < prefix ? prefix_v + key * ldv : v + (key - prefix) * ldv; };
   const long group = heads / kv_heads, tile_rows = std::max<long>(1, kQueryRows / group),
              key_panels = ceil_div(length, kPanel), value_panels = ceil_div(dim, kPanel);
   // Keys transposed into panels once, for all row tiles: [kv_heads][key_panels][dim][kPanel].
@@ -481,8 +485,8 @@ void attention(int threads, const float* q, long ldq, long rows, const int64_t* 
     float* target = packed + task * dim * kPanel;
     for (long j = 0; j < kPanel; ++j) {
       const long key = panel * kPanel + j;
-      const float* source = k + key * ldk + head * dim;
-      for (long i = 0; i < dim; ++i) target[i * kPanel + j] = key < length ? source[i] : 0.0f;
+      const float* source = key < length ? key_row(key) + head * dim : nullptr;
+      for (long i = 0; i < dim; ++i) target[i * kPanel + j] = source != nullptr ? source[i] : 0.0f;
     }
   });
 
@@ -491,7 +495,7 @@ void attention(int threads, const float* q, long ldq, long rows, const int64_t* 
     // Heaviest first: the last rows see the most keys.
     const long tile = row_tiles - 1 - task / kv_heads, head = task % kv_heads;
     const long first = tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
-    auto position = [=](long r) { return positions == nullptr ? first + r : positions[first + r]; };
+    auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
 
     std::vector<float> queries(m * dim), values(kKeys * value_panels * kPanel), p(m * kKeys),
         result(m * value_panels * kPanel), top(m, -INFINITY), total(m, 0.0f);
@@ -513,7 +517,7 @@ void attention(int threads, const float* q, long ldq, long rows, const int64_t* 
         for (long panel = 0; panel < value_panels; ++panel) {
           const long columns = std::min<long>(kPanel, dim - panel * kPanel);
           float* target = &values[(panel * kKeys + j) * kPanel];
-          std::memcpy(target, v + (key + j) * ldv + head * dim + panel * kPanel, columns * sizeof(float));
+          std::memcpy(target, value_row(key + j) + head * dim + panel * kPanel, columns * sizeof(float));
         }
       for (long r = 0; r < m; ++r) {
         const long at = position(r / group);

@@ -52,11 +52,13 @@ struct Kernels {
   int (*qk_norm_rope)(int threads, float* qkv, long ld, long rows, long heads, long kv_heads, long dim,
                       const float* q_weight, const float* k_weight, const float* cos, const float* sin,
                       const int64_t* positions, float eps);
-  // Causal grouped-query attention of one sequence: q rows are at `positions` (null: 0, 1, 2, ...), keys 0 .. length - 1.
-  // window <= 0: none. Head h of q at q + h * dim, of k and v likewise. out may be q.
+  // Causal grouped-query attention of one sequence that continues another one's first `prefix` rows (0: none): keys
+  // 0 .. prefix - 1 are the rows at prefix_k and prefix_v, the others its own `length` at k and v. q rows are its own at
+  // `positions`, counted from its first (null: 0, 1, 2, ...). window <= 0: none. Head h of q at q + h * dim, of k and v
+  // likewise. out may be q.
   int (*attention)(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
-                   const float* v, long ldv, long length, long heads, long kv_heads, long dim, long window, float scale,
-                   float* out, long ldo);
+                   const float* v, long ldv, long length, const float* prefix_k, const float* prefix_v, long prefix,
+                   long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo);
 };
 
 extern const Kernels kernels_portable;

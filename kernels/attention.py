@@ -2,8 +2,9 @@
 
     out_i = sum_j softmax_j(scale q_i . k_j) v_j    over j <= i of i's sequence, with a window i - j < window
 
-q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride, heads contiguous; with `rows`, q is `[R, Hq, d]`: the queries at
-these rows only. A tile holds BLOCK_Q positions times all query heads of one KV head, so keys and values are read once
+A sequence may continue another one: its rows see that one's rows first (unmasked but for a window), then their own, in
+one running softmax. q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride, heads contiguous; with `rows`, q is
+`[R, Hq, d]`: the queries at these rows only. A tile holds BLOCK_Q positions times all query heads of one KV head, so keys and values are read once
 for the group. Logits, softmax and accumulator in fp32 (exp2, with log2(e) folded into the scale), probabilities rounded
 to v's dtype. A program belongs to one sequence and its tiles depend on model constants only: neighbours can't change a
 result. Output may be written over q.
@@ -27,6 +28,7 @@ _TILES = {"sm_90": (128, 64, 8, 3), "sm_100": (128, 64, 8, 2), "hip": (128, 64, 
 def _tiles(
     acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, begin, end, length, scale_log2, window,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BEFORE: tl.constexpr = False,
 ):  # fmt: skip
     """Keys begin .. end - 1 (a whole number of tiles from begin) into the running softmax."""
     columns = tl.arange(0, HEAD_DIM)  # [HEAD_DIM]
@@ -38,7 +40,8 @@ def _tiles(
         k = tl.load(k_tile + tl.cast(start, tl.int64) * k_row_stride, (keys < length)[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            visible = keys[None, :] <= positions[:, None]
+            # Of what is continued every key is seen, and none beyond its end.
+            visible = (keys < length)[None, :] if BEFORE else keys[None, :] <= positions[:, None]
             if HAS_WINDOW:
                 visible = visible & (positions[:, None] - keys[None, :] < window)
             logits = tl.where(visible, logits, float("-inf"))
@@ -56,10 +59,10 @@ def _tiles(
 
 @triton.jit(do_not_specialize=["window"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, row_bounds_ptr, rows_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, row_bounds_ptr, rows_ptr, prefixes_ptr,
     q_row_stride, k_row_stride, v_row_stride, out_row_stride, scale_log2, window,
     HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last positions see the most keys: heavy tiles first
@@ -80,12 +83,31 @@ def _attention_kernel(
         head = kv_head * GROUP + m % GROUP
         inner = head[:, None] * HEAD_DIM + columns[None, :]
         q = tl.load(q_ptr + q_row[:, None] * q_row_stride + inner, valid[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-        k_ptr += start * k_row_stride + kv_head * HEAD_DIM
-        v_ptr += start * v_row_stride + kv_head * HEAD_DIM
+        k_ptr += kv_head * HEAD_DIM
+        v_ptr += kv_head * HEAD_DIM
 
         acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
+        if HAS_PREFIX:
+            before_start = tl.load(prefixes_ptr + 2 * sequence).to(tl.int64)
+            before = tl.load(prefixes_ptr + 2 * sequence + 1)
+            first = 0
+            if HAS_WINDOW:
+                first = tl.minimum(tl.maximum(0, before + lowest - window + 1) // BLOCK_N * BLOCK_N, before)
+            whole = first if HAS_WINDOW else before // BLOCK_N * BLOCK_N  # a window masks all of it
+            k_before = k_ptr + before_start * k_row_stride
+            v_before = v_ptr + before_start * v_row_stride
+            acc, top, total = _tiles(
+                acc, top, total, q, k_before, v_before, k_row_stride, v_row_stride, positions, first, whole, before,
+                scale_log2, window, HEAD_DIM, BLOCK_N, False, HAS_WINDOW,
+            )  # fmt: skip
+            acc, top, total = _tiles(
+                acc, top, total, q, k_before, v_before, k_row_stride, v_row_stride, positions + before, whole, before,
+                before, scale_log2, window, HEAD_DIM, BLOCK_N, True, HAS_WINDOW, True,
+            )  # fmt: skip
+        k_ptr += start * k_row_stride
+        v_ptr += start * v_row_stride
         # Three ranges of whole tiles: the window's edge (masked), what every row sees, and the diagonal (masked).
         edge = 0
         begin = 0
@@ -135,8 +157,10 @@ def attention(
     scale: float,
     rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    prefixes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `lastrerank.ops.Operations.attention`; max_seqlen bounds the sequences' lengths.
+    """See `lastrerank.ops.Operations.attention`; max_seqlen bounds the sequences' own lengths, prefixes is int32
+    `[S, 2]`.
 
     Raises:
         ValueError: a head width or layout that the kernel doesn't serve.
@@ -159,13 +183,16 @@ def attention(
     block_m, block_n, warps, stages = _tile(q.dtype)
     # The kernel knows no stride of what has one dimension.
     cu_seqlens, rows = cu_seqlens.contiguous(), None if rows is None else rows.contiguous()
+    if prefixes is not None and prefixes.shape != (len(cu_seqlens) - 1, 2):
+        raise ValueError(f"prefixes has shape {tuple(prefixes.shape)}, expected [{len(cu_seqlens) - 1}, 2]")
+    table = cu_seqlens if prefixes is None else prefixes.contiguous()
     bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
     most = max_seqlen if rows is None else min(max_seqlen, len(rows))
     grid = (triton.cdiv(most, block_m // group), k.shape[1], len(cu_seqlens) - 1)
     _attention_kernel[grid](
-        q, k, v, out, cu_seqlens, bounds, cu_seqlens if rows is None else rows,
+        q, k, v, out, cu_seqlens, bounds, cu_seqlens if rows is None else rows, table,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * 1.4426950408889634, window or 0,
         HEAD_DIM=head_dim, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, HAS_ROWS=rows is not None,
-        HAS_WINDOW=window is not None, num_warps=warps, num_stages=stages,
+        HAS_WINDOW=window is not None, HAS_PREFIX=prefixes is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

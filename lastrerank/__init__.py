@@ -1,21 +1,21 @@
-"""lastrerank: last-token listwise rerankers, the same scores many times faster and in a fraction of the memory."""
+"""lastrerank: last-token rerankers, the same scores many times faster and in a fraction of the memory."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lastrerank.families import Family
     from lastrerank.integrations.transformers import accelerate
-    from lastrerank.prompt import PromptTemplate
     from lastrerank.request import RerankRequest
     from lastrerank.reranker import Reranker
 
 __version__ = "0.1.0"
-__all__ = ["PromptTemplate", "RerankRequest", "Reranker", "__version__", "accelerate"]
+__all__ = ["Family", "RerankRequest", "Reranker", "__version__", "accelerate"]
 
 # Found when first asked for: PyTorch takes a second to import, and a command line that prints its help needs none of
 # it.
 _WHERE = {
-    "PromptTemplate": "prompt", "RerankRequest": "request", "Reranker": "reranker",
+    "Family": "families", "RerankRequest": "request", "Reranker": "reranker",
     "accelerate": "integrations.transformers",
 }  # fmt: skip
 

@@ -22,16 +22,22 @@ import torch
 from tokenizers import Tokenizer
 
 from lastrerank.config import ModelConfig
+from lastrerank.families import SENTENCE_TRANSFORMERS, Cosine, Family, recognise
 from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
+from lastrerank.readouts import Head, Projector, Readout
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", _INDEX)
-# Not weights of this model: an output head that is never used, and a buffer some exporters write.
-_IGNORED = re.compile(r"lm_head\.weight|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", _INDEX, SENTENCE_TRANSFORMERS)
+# No weights: a buffer some exporters write.
+_IGNORED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# The output head, which is read by families that score by logits, and the head of a classifier.
+_LM_HEAD, _CLASSIFIER = "lm_head.weight", "score.weight"
+# Labels of a classifier's two outputs, the second of which is the relevant one.
+_LABELS = (("no", "yes"), ("0", "1"))
 # `Operations.prepare`.
 Prepare = Callable[[torch.Tensor, torch.Tensor | None], Weight]
 # The projector's two matrices, by the names of the published package and of its ports.
@@ -47,14 +53,15 @@ _MOST_JSON, _MOST_TOKENIZER = 64 << 20, 512 << 20
 class Checkpoint:
     """A checkpoint on disk, its small files parsed. `weights` reads the large ones.
 
-    name: a Hub id, a bundled name, or the folder's. files: all that was and will be read, as they were when it was
-    opened.
+    name: a Hub id, a bundled name, or the folder's. family: what it is. files: all that was and will be read, as they
+    were when it was opened.
     """
 
     name: str
     folder: Path
     raw_config: Mapping[str, Any]
     config: ModelConfig
+    family: Family
     tokenizer: Tokenizer
     tokenizer_config: Mapping[str, Any]
     files: tuple[FileState, ...]
@@ -72,7 +79,7 @@ class Checkpoint:
                 or not finite.
         """
         with _Tensors(self.folder) as tensors:
-            loaded = _load(self.config, tensors, device, dtype, prepare)
+            loaded = _load(self, tensors, device, dtype, prepare)
         self._check_current("while it was read")
         return loaded
 
@@ -148,11 +155,13 @@ def _folder_name(folder: Path) -> str:
     return folder.name
 
 
-def open_checkpoint(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Resolve a checkpoint and read its configuration and tokenizer.
+def open_checkpoint(
+    id_or_path: str | os.PathLike[str], revision: str | None = None, family: Family | None = None
+) -> Checkpoint:
+    """Resolve a checkpoint, read its configuration and tokenizer, and find its family, if it isn't given.
 
     Raises:
-        ValueError: a file is missing or malformed, or the checkpoint is not of this family.
+        ValueError: a file is missing or malformed, or the checkpoint's family is not known.
     """
     name, folder = resolve(id_or_path, revision)
     raw = read_json(folder / "config.json")
@@ -164,9 +173,18 @@ def open_checkpoint(id_or_path: str | os.PathLike[str], revision: str | None = N
     tokenizer_config = read_json(path) if path.exists() else {}
     config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
     tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config)
-    small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
+    logits = folder / SENTENCE_TRANSFORMERS
+    if family is None:
+
+        def has_projector() -> bool:
+            with _Tensors(folder) as tensors:
+                return any(_PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
+
+        family = recognise(name, folder, raw, has_projector, read_json(logits) if logits.exists() else None)
+    paths = (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json", logits)
+    small = [path for path in paths if path.exists()]
     files = tuple(FileState.of(path) for path in (*small, *_weight_files(folder)[0]))
-    return Checkpoint(name, folder, raw, config, tokenizer, tokenizer_config, files)
+    return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -299,6 +317,10 @@ class _Tensors:
         """The stored type, as safetensors calls it."""
         return str(self._slice(name).get_dtype())
 
+    def rows(self, name: str, start: int) -> torch.Tensor:
+        """One row of a matrix."""
+        return self._slice(name)[start : start + 1][0]
+
     def read(self, name: str) -> torch.Tensor:
         return self._files[self._paths[name]].get_tensor(name)
 
@@ -313,15 +335,13 @@ class _Tensors:
         return self._files[self._paths[name]].get_slice(name)
 
 
-def _expected(config: ModelConfig, p1: int, p: int) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Shapes by canonical name, and which of them are the decoder's linears: what may be stored quantised."""
+def _expected(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """The decoder's shapes by canonical name, and which of them are its linears: what may be stored quantised."""
     hidden = config.hidden_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         _EMBEDDING: (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
-        "projector.0.weight": (p1, hidden),
-        "projector.2.weight": (p, p1),
     }
     linears: set[str] = set()
     for layer in range(config.num_layers):
@@ -344,13 +364,14 @@ def _expected(config: ModelConfig, p1: int, p: int) -> tuple[dict[str, tuple[int
 
 
 def _load(
-    config: ModelConfig,
+    checkpoint: Checkpoint,
     tensors: _Tensors,
     device: torch.device,
     dtype: torch.dtype,
     prepare: Prepare | None,
 ) -> ModelWeights:
-    stored = _account(config, tensors)
+    config = checkpoint.config
+    stored = _account(checkpoint, tensors)
     q_size = config.num_heads * config.head_dim
 
     def plain(name: str) -> torch.Tensor:
@@ -399,6 +420,26 @@ def _load(
     def qkv(index: int) -> tuple[str, ...]:
         return tuple(f"model.layers.{index}.self_attn.{x}_proj.weight" for x in "qkv")
 
+    def readout() -> Readout:
+        logit = checkpoint.family.readout
+        if isinstance(logit, Cosine):
+            return Projector(read("projector.0.weight"), read("projector.2.weight"))
+        rows: list[tuple[str, int | None]]
+        if _CLASSIFIER in stored:
+            rows = [(_CLASSIFIER, 0), (_CLASSIFIER, None)]
+            if tensors.shape(stored[_CLASSIFIER])[0] == 2:  # the relevant label's row less the other's
+                rows = [(_CLASSIFIER, 1), (_CLASSIFIER, 0)]
+        else:
+            matrix = _LM_HEAD if _LM_HEAD in stored else _EMBEDDING
+            rows = [(matrix, number) for number in logit.token_ids(checkpoint.tokenizer)]
+        vector = torch.zeros(config.hidden_size)
+        for (name, number), sign in zip(rows, (1, -1), strict=True):
+            if number is not None:
+                row = tensors.rows(stored[name], number).float()
+                _check_finite(f"{name}[{number}]", row)
+                vector += sign * row
+        return Head(vector.to(device))
+
     last = config.num_layers - 1
 
     def layer_weights(index: int) -> LayerWeights:
@@ -423,34 +464,28 @@ def _load(
             q=linear(*qkv(last), outputs=slice(q_size)), kv=linear(*qkv(last), outputs=slice(q_size, None))
         ),
         norm=read("model.norm.weight"),
-        w1=read("projector.0.weight"),
-        w2=read("projector.2.weight"),
+        readout=readout(),
     )
 
 
-def _account(config: ModelConfig, tensors: _Tensors) -> dict[str, str]:
+def _account(checkpoint: Checkpoint, tensors: _Tensors) -> dict[str, str]:
     """Stored names by canonical name, after every tensor's name, shape and type has been found to be what is expected.
 
     Raises:
         ValueError: one isn't; the message names it.
     """
-    stored: dict[str, str] = {}
+    config, stored = checkpoint.config, dict[str, str]()
     for name in tensors.names():
         if not _IGNORED.fullmatch(name):
             if _canonical(name) in stored:
                 raise ValueError(f"{_canonical(name)} is there twice, as {stored[_canonical(name)]} and as {name}")
             stored[_canonical(name)] = name
-    projector = [f"projector.{i}.weight" for i in (0, 2)]
-    if not set(projector) <= stored.keys():
-        raise ValueError(
-            "no projector: expected projector.0.weight and projector.2.weight (or linear1, linear2); "
-            "a plain decoder without one is no last-token reranker"
-        )
-    for name in projector:
-        shape = tensors.shape(stored[name])
-        if len(shape) != 2 or not all(shape):
-            raise ValueError(f"{name} has shape {shape}, expected a matrix [out, in]")
-    expected, linears = _expected(config, *(tensors.shape(stored[name])[0] for name in projector))
+    expected, linears = _expected(config)
+    if isinstance(checkpoint.family.readout, Cosine):
+        stored.pop(_LM_HEAD, None)  # never used
+        expected |= _projector_shapes(checkpoint, tensors, stored)
+    else:
+        expected |= _head_shape(checkpoint, tensors, stored)
     kinds = {name: ("I8",) if config.quantised and name in linears else _NUMBERS for name in expected}
     if config.quantised:
         for name in linears & stored.keys():
@@ -477,6 +512,60 @@ def _account(config: ModelConfig, tensors: _Tensors) -> dict[str, str]:
         if not ((scales > 0) & scales.isfinite()).all():
             raise ValueError(f"{name}_scale is not positive and finite everywhere")
     return stored
+
+
+def _projector_shapes(
+    checkpoint: Checkpoint, tensors: _Tensors, stored: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Of a listwise checkpoint's projector."""
+    names = [f"projector.{i}.weight" for i in (0, 2)]
+    if checkpoint.config.classifier:
+        raise ValueError(
+            f"config.json: architectures is {checkpoint.raw_config['architectures']}, a classifier; expected a "
+            "last-token reranker (JinaForRanking: a Qwen3 decoder with a projector)"
+        )
+    if not set(names) <= stored.keys():
+        raise ValueError(
+            "no projector: expected projector.0.weight and projector.2.weight (or linear1, linear2); "
+            "a plain decoder without one is no listwise reranker"
+        )
+    shapes = [tensors.shape(stored[name]) for name in names]
+    for name, shape in zip(names, shapes, strict=True):
+        if len(shape) != 2 or not all(shape):
+            raise ValueError(f"{name} has shape {shape}, expected a matrix [out, in]")
+    p1, p = (shape[0] for shape in shapes)
+    return {names[0]: (p1, checkpoint.config.hidden_size), names[1]: (p, p1)}
+
+
+def _head_shape(
+    checkpoint: Checkpoint, tensors: _Tensors, stored: Mapping[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Of what a score's logit is read by: a classifier's head, a stored output head, or the embedding."""
+    config, family = checkpoint.config, checkpoint.family
+    assert not isinstance(family.readout, Cosine)
+    if not config.classifier:
+        for number in family.readout.token_ids(checkpoint.tokenizer):
+            if number is not None and number >= config.vocab_size:
+                raise ValueError(f"tokenizer.json: the word that is read is {number}, vocab_size {config.vocab_size}")
+        if _LM_HEAD in stored:  # used whatever the flag says: it may differ
+            return {_LM_HEAD: (config.vocab_size, config.hidden_size)}
+        if not config.tied:
+            raise ValueError(
+                f"{_LM_HEAD} is missing, and config.json's tie_word_embeddings is "
+                f"{checkpoint.raw_config.get('tie_word_embeddings')!r:.80}: a family {family.name!r} scores by it"
+            )
+        return {}
+    if _CLASSIFIER not in stored:
+        raise ValueError(f"{_CLASSIFIER} is missing: architectures is {checkpoint.raw_config['architectures']}")
+    outputs = tensors.shape(stored[_CLASSIFIER])[:1]
+    if outputs == (2,) and tuple(label.lower() for label in config.labels) in _LABELS:
+        return {_CLASSIFIER: (2, config.hidden_size)}
+    if outputs != (1,):
+        raise ValueError(
+            f"{_CLASSIFIER} has {outputs} outputs, labelled {config.labels!s:.80}: expected one, or two that "
+            f"config.json's id2label names {' or '.join(map(str, _LABELS))}"
+        )
+    return {_CLASSIFIER: (1, config.hidden_size)}
 
 
 def _check_finite(name: str, tensor: torch.Tensor, where: str = "") -> None:

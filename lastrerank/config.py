@@ -1,8 +1,9 @@
 """What a checkpoint's `config.json` says, checked once and frozen.
 
-Source of the fields: the published configurations of jina-reranker-v3 and v3.5 (Qwen3 decoders), in the spellings
-of Transformers 4 (`rope_theta`, `torch_dtype`) and Transformers 5 (`rope_parameters`, `dtype`). What is absent is
-derived as Transformers derives it. Every field is read, known to change no number, or refused by name.
+Source of the fields: the published configurations of jina-reranker-v3 and v3.5, Qwen3-Reranker and mxbai-rerank-v2
+(Qwen3 and Qwen2 decoders), in the spellings of Transformers 4 (`rope_theta`, `torch_dtype`) and Transformers 5
+(`rope_parameters`, `dtype`). What is absent is derived as Transformers derives it. Every field is read, known to
+change no number, or refused by name.
 """
 
 from __future__ import annotations
@@ -11,10 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-# Caps in tokens (query, document) of the two published generations; neither configuration states them.
-V3_CAPS = (512, 2048)
-V35_CAPS = (1024, 8192)
 
 # Transformers writes this when a tokenizer has no limit of its own.
 _NO_LIMIT = 10**18
@@ -50,18 +47,24 @@ _HARMLESS = frozenset({
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix",
 })  # fmt: skip
-# What may stand in our own object: caps, the prompt, and that the weights are random.
-_OWN = frozenset({"max_query_length", "max_doc_length", "template", "random"})
+# What may stand in our own object: caps, the family (earlier: a template of the listwise one), and that the weights are
+# random.
+_OWN = frozenset({"max_query_length", "max_doc_length", "family", "template", "random"})
+# A decoder whose head is of no use, and the classifiers that a family is converted to.
+CLASSIFIERS = ("Qwen2ForSequenceClassification", "Qwen3ForSequenceClassification")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a last-token reranker. Nothing in the code assumes one size.
+    """Shape of a reranker's decoder. Nothing in the code assumes one size.
 
     `layer_windows[i]` is None for full causal attention in layer i, else the number of tokens a query sees,
     itself included. attention_bias: q, k and v have one; output_bias: the output projection, too. quantised: the
-    linears are stored as this package's int8. `max_context` is in tokens.
+    linears are stored as this package's int8. `max_context` and `max_positions` are in tokens: what the tokenizer's
+    configuration says, and the decoder's. Caps are the checkpoint's own, or None. windowed: whether windows are on,
+    in whichever layers. tied: the head is the embedding. classifier: the head is a classification's, whose labels are
+    `labels`.
     """
 
     vocab_size: int
@@ -79,9 +82,13 @@ class ModelConfig:
     qk_norm: bool
     quantised: bool
     max_context: int
-    max_query_length: int
-    max_doc_length: int
-    template: str
+    max_positions: int
+    max_query_length: int | None
+    max_doc_length: int | None
+    windowed: bool
+    tied: bool
+    classifier: bool
+    labels: tuple[str, ...]
 
     @property
     def qkv_size(self) -> int:
@@ -126,23 +133,13 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"config.json: head_dim is {head_dim}, rotary embedding needs an even number")
 
-        max_context = _integer(raw, "max_position_embeddings")
+        max_positions = _integer(raw, "max_position_embeddings")
         limit = _context_limit(model_max_length)
-        max_context = max_context if limit is None else limit
-
         windowed = _boolean(raw, "use_sliding_window", False)
-        default_caps = V35_CAPS if windowed else V3_CAPS
-        max_query_length = _integer(own, "max_query_length", default_caps[0], of="lastrerank.")
-        max_doc_length = _integer(own, "max_doc_length", default_caps[1], of="lastrerank.")
-        for name, cap in (("max_query_length", max_query_length), ("max_doc_length", max_doc_length)):
-            if cap > max_context // 4:
-                raise ValueError(
-                    f"config.json: {name} {cap} is more than a quarter of the context ({max_context} tokens); "
-                    f'a checkpoint with a small context declares its own caps: "lastrerank": {{"{name}": ...}}'
-                )
-        template = own.get("template", "transformers")
-        if not isinstance(template, str):
-            raise _bad("lastrerank.template", template, "a string")
+        caps = [
+            None if own.get(name) is None else _integer(own, name, of="lastrerank.")
+            for name in ("max_query_length", "max_doc_length")
+        ]
         _boolean(own, "random", False, of="lastrerank.")
 
         # Qwen2 has a bias on q, k, v and never QK-norm, whatever its configuration says; Qwen3 has QK-norm, and a bias
@@ -168,10 +165,14 @@ class ModelConfig:
             output_bias=bias and model_type == "qwen3",
             qk_norm=qk_norm,
             quantised=_quantised(raw),
-            max_context=max_context,
-            max_query_length=max_query_length,
-            max_doc_length=max_doc_length,
-            template=template,
+            max_context=max_positions if limit is None else limit,
+            max_positions=max_positions,
+            max_query_length=caps[0],
+            max_doc_length=caps[1],
+            windowed=windowed,
+            tied=raw.get("tie_word_embeddings") is True,
+            classifier=any(name in CLASSIFIERS for name in raw.get("architectures") or ()),
+            labels=_labels(raw.get("id2label")),
         )
 
 
@@ -204,11 +205,8 @@ def _check_known(raw: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
         raise _bad("architectures", architectures, "a list of names")
-    if any("Classification" in name for name in architectures or ()):
-        raise ValueError(
-            f"config.json: architectures is {architectures}, a classifier; expected a last-token reranker "
-            "(JinaForRanking: a Qwen3 decoder with a projector)"
-        )
+    if any("Classification" in name and name not in CLASSIFIERS for name in architectures or ()):
+        raise _bad("architectures", architectures, f"a decoder, or one of {CLASSIFIERS} among classifiers")
     for name in ("dtype", "torch_dtype"):
         if raw.get(name) not in (None, "auto", *_DTYPES, *(f"torch.{dtype}" for dtype in _DTYPES)):
             raise _bad(name, raw[name], f"one of {_DTYPES}")
@@ -273,6 +271,14 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     inner = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     name = "rope_theta"
     return _number({name: inner.get(name, raw.get(name))}, name, 1.0, 1e18)
+
+
+def _labels(id2label: object) -> tuple[str, ...]:
+    """Of a classification, in the order of their numbers; none where they make no sense."""
+    if not isinstance(id2label, Mapping) or set(map(str, id2label)) != set(map(str, range(len(id2label)))):
+        return ()
+    by_number = {str(number): label for number, label in id2label.items()}
+    return tuple(str(by_number[str(number)]) for number in range(len(by_number)))
 
 
 def _layer_windows(raw: Mapping[str, Any], num_layers: int, windowed: bool) -> tuple[int | None, ...]:

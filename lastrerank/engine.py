@@ -33,9 +33,8 @@ from lastrerank.jobs import (
     Statistics,
     TooLargeError,
     TooLongError,
-    estimated_tokens,
 )
-from lastrerank.prompt import EncodedBlock
+from lastrerank.prompt import EncodedBlock, PassRows
 from lastrerank.request import Document, RerankRequest
 from lastrerank.reranker import Reranker, ranked
 
@@ -137,10 +136,10 @@ class Engine:
         jobs: list[Job] = []
         for request in requests:
             checked = RerankRequest.of(request)
-            caps = self.reranker.check_caps(checked)
+            reserved = self.reranker.encoder.estimated_rows(checked)
             # The caller's list may change before it is tokenised.
             checked = replace(checked, documents=tuple(checked.documents))
-            jobs.append(Job(checked, Future(), deadline, estimated_tokens(checked, *caps), refuse_cut))
+            jobs.append(Job(checked, Future(), deadline, reserved, refuse_cut))
             jobs[-1].group = jobs[0]
         self._check_size(sum(job.reserved for job in jobs))
         with self._condition:
@@ -278,14 +277,14 @@ class Engine:
             elif not job.encoded.blocks:
                 self._finish(job, Answer([], job.encoded, job.tokenise_seconds, 0.0, 0.0))
             else:
-                job.reserved = job.encoded.num_tokens
+                job.reserved = job.encoded.num_rows
                 self._queue.ready.append(job)
             self._condition.notify_all()
 
     def _checked(self, job: Job, encoded: Any) -> Any:
         if job.refuse_cut and (encoded.query_cut or any(encoded.cut)):
             raise TooLongError("query" if encoded.query_cut else f"documents[{encoded.cut.index(True)}]")
-        self._check_size(encoded.num_tokens)
+        self._check_size(encoded.num_rows)
         return encoded
 
     def _check_size(self, tokens: int) -> None:
@@ -363,7 +362,8 @@ class Engine:
         passes of others are run."""
         started = time.monotonic()
         blocks = [block for _, own in batch for block in own]
-        is_long = sum(len(block.ids) for block in blocks) > self.max_batch_tokens
+        rows = PassRows().add(*blocks)
+        is_long = rows > self.max_batch_tokens
 
         def on_layer(tokens: int) -> None:
             if self._abandoned or all(job.is_dead for job, _ in batch):
@@ -372,7 +372,7 @@ class Engine:
                 with self._condition:
                     self._drop_dead()
                     others = self._next_pass(without=[job for job, _ in batch])
-                if others and sum(len(block.ids) for _, own in others for block in own) <= self.max_batch_tokens:
+                if others and PassRows().add(*(b for _, own in others for b in own)) <= self.max_batch_tokens:
                     self._pass(others)
 
         try:
@@ -403,7 +403,7 @@ class Engine:
             job.inference_seconds += seconds
         self.statistics.passes += 1
         self.statistics.blocks += len(blocks)
-        self.statistics.tokens += sum(len(block.ids) for block in blocks)
+        self.statistics.tokens += rows
         self._answer([job for job, _ in batch if not job.left])
         self.statistics.busy_seconds += time.monotonic() - started
 

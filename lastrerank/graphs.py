@@ -31,14 +31,16 @@ def empty_bucket(tokens: int, device: torch.device) -> PackedBatch:
         cu_seqlens=cu_seqlens,
         seqlens=(tokens,) + (0,) * (sequences - 1),  # a bound: a graph can't know the lengths
         read_rows=torch.full((reads,), tokens - 1, device=device),
-        max_seqlen=tokens,
+        max_positions=tokens,
     )
 
 
 def holds(bucket: PackedBatch, batch: PackedBatch) -> bool:
-    """Whether the pass fits: its tokens, its sequences and its read rows."""
+    """Whether the pass fits: its tokens, its sequences and its read rows. Sequences that continue others don't: their
+    kernel is another one."""
     return (
-        batch.num_tokens <= len(bucket.ids)
+        batch.prefixes is None
+        and batch.num_tokens <= len(bucket.ids)
         and len(batch.cu_seqlens) <= len(bucket.cu_seqlens)
         and len(batch.read_rows) <= len(bucket.read_rows)
     )

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from lastrerank.prompt import EncodedBlock
+from lastrerank.prompt import EncodedBlock, EncodedRequest, PassRows
 from lastrerank.request import RerankRequest
-from lastrerank.reranker import EncodedRequest
 from lastrerank.texts import Steps
 
 # Jobs that are looked through for a pass.
@@ -150,20 +149,20 @@ class Queue:
             self.ready.remove(job)
 
     def next_pass(self, most_tokens: int, without: Sequence[Job] = ()) -> list[tuple[Job, list[EncodedBlock]]]:
-        """Blocks for a pass of at most `most_tokens` tokens or a single block: one of each ready job in turn. The jobs
+        """Blocks for a pass of at most `most_tokens` rows or a single block: one of each ready job in turn. The jobs
         stay ready; who is served goes behind those who are not, so that a pass too small for all is shared in turn."""
         chosen: dict[int, list[EncodedBlock]] = {}
-        tokens, turn = 0, 0
+        rows, turn = PassRows(), 0
         there = [(n, job) for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if job not in without]
         while True:
             offered = [(n, job.left[turn]) for n, job in there if len(job.left) > turn]
             fitting = 0
             for n, block in offered:
-                if chosen and tokens + len(block.ids) > most_tokens:
+                if chosen and rows.with_block(block) > most_tokens:
                     continue
                 if len(chosen.get(n, ())) == turn:  # an earlier block of this job didn't fit: its order is kept
                     chosen.setdefault(n, []).append(block)
-                    tokens += len(block.ids)
+                    rows.add(block)
                     fitting += 1
             if not fitting:
                 break
@@ -172,17 +171,3 @@ class Queue:
         served = [job for job, _ in batch]
         self.ready = [job for job in self.ready if job not in served] + served
         return batch
-
-
-def estimated_tokens(request: RerankRequest, query_cap: int, doc_cap: int) -> int:
-    """Prompt tokens before they are counted: four characters a token, in other scripts than Latin three bytes, cut
-    texts at their caps."""
-
-    def tokens(text: str, cap: int) -> int:
-        head = text[: 8 * cap]
-        return min(len(head) // 4 if head.isascii() else len(head.encode("utf-8", "replace")) // 3, cap)
-
-    count = len(request.documents)
-    fixed = 150 + 2 * tokens(request.query, query_cap) + tokens(request.instruction or "", query_cap)
-    texts = sum(15 + tokens(text, doc_cap) for text in request.texts)
-    return request.orders * (fixed * -(-count // request.block_size) + texts)

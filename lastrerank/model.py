@@ -1,4 +1,4 @@
-"""The Qwen3 forward of a last-token reranker, by hand.
+"""The forward of a reranker's Qwen3 or Qwen2 decoder, by hand.
 
 One layer is finished for all tokens before the next starts, so one layer's keys and values exist at a time. Between
 two attentions everything is row by row, so it runs over chunks of rows: output projection, residual, norm, MLP,
@@ -16,7 +16,8 @@ import torch
 
 from lastrerank.config import ModelConfig
 from lastrerank.ops import Operations, Weight
-from lastrerank.packing import PackedBatch, Readout
+from lastrerank.packing import PackedBatch
+from lastrerank.readouts import Readout
 
 # Rows of one chunk between attentions. Bounds the MLP's buffers: rows * 3 * intermediate_size elements.
 ROW_CHUNK = {"cpu": 1024, "cuda": 8192}
@@ -49,14 +50,13 @@ class LastLayerProjections:
 @dataclass(frozen=True)
 class ModelWeights:
     """embedding `[V, D]` in any dtype, layers, the last layer's split projection, final norm `[D]` (in the dtype of the
-    residual), projector `[P1, D]` and `[P, P1]`."""
+    residual), and what reads scores from the last states (a bare decoder has none)."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     last: LastLayerProjections
     norm: torch.Tensor
-    w1: torch.Tensor
-    w2: torch.Tensor
+    readout: Readout | None = None
 
 
 class Model:
@@ -76,7 +76,7 @@ class Model:
         """
         config, ops, layers = self.config, self.ops, self.weights.layers
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        cos, sin = self._rope_table(batch.max_seqlen, batch.ids.device)
+        cos, sin = self._rope_table(batch.max_positions, batch.ids.device)
 
         residual = ops.embed(batch.ids, self.weights.embedding).to(self.weights.norm.dtype)
         qkv = self._by_rows(self._first_projection, residual)
@@ -91,8 +91,9 @@ class Model:
             )
             out = None if torch.is_grad_enabled() else q
             attended = ops.attention(
-                q, k, v, batch.cu_seqlens, batch.seqlens, config.layer_windows[index], self._scale, out=out
-            ).flatten(1)
+                q, k, v, batch.cu_seqlens, batch.seqlens, config.layer_windows[index], self._scale, out=out,
+                prefixes=batch.prefixes,
+            ).flatten(1)  # fmt: skip
             residual, qkv = self._between(index, attended, residual, qkv)
             if on_layer is not None:
                 on_layer(batch.num_tokens)
@@ -112,20 +113,12 @@ class Model:
         k, v = (x.unflatten(1, (-1, config.head_dim)) for x in kv.split([kv_size, kv_size], dim=1))
         attended = ops.attention(
             q.unflatten(1, (-1, config.head_dim)), k, v, batch.cu_seqlens, batch.seqlens,
-            config.layer_windows[-1], self._scale, rows=rows,
+            config.layer_windows[-1], self._scale, rows=rows, prefixes=batch.prefixes,
         )  # fmt: skip
         residual, down = self._mlp(layer, attended.flatten(1), residual)
         if on_layer is not None:
             on_layer(batch.num_tokens)
         return residual + down
-
-    def score(self, hidden: torch.Tensor, readout: Readout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Document vectors, query vectors and scores from read rows; see `Operations.score`."""
-        w = self.weights
-        return self.ops.score(
-            hidden, readout.doc_rows, readout.query_rows, readout.doc_sequence, readout.sequence_request,
-            w.norm, w.w1, w.w2, self.config.rms_norm_eps,
-        )  # fmt: skip
 
     # Row-wise parts: each takes and returns rows, so that it can run on any chunk of them.
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lastrerank.prompt import EncodedBlock
+from lastrerank.ops import Prefixes
+from lastrerank.prompt import EncodedBlock, Prefix
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """Everything one pass over the decoder needs. T rows (tokens), S sequences, R rows that are read.
 
-    ids: int64 `[T]`. positions: int64 `[T]`, from 0 in each sequence. cu_seqlens: int32 `[S + 1]`, sequence s is rows
-    `cu_seqlens[s]` to `cu_seqlens[s + 1]`. seqlens: the same as Python integers, for backends that loop on the host.
-    read_rows: int64 `[R]`, ascending. max_seqlen: longest sequence in rows.
+    ids: int64 `[T]`. positions: int64 `[T]`, from 0 in each sequence, or from where the one that it continues ends.
+    cu_seqlens: int32 `[S + 1]`, sequence s is rows `cu_seqlens[s]` to `cu_seqlens[s + 1]`. seqlens: the same as Python
+    integers, for backends that loop on the host. read_rows: int64 `[R]`, ascending. max_positions: bound of the
+    positions. prefixes: which sequences continue which; None where none does.
     """
 
     ids: torch.Tensor
@@ -25,7 +28,8 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     seqlens: tuple[int, ...]
     read_rows: torch.Tensor
-    max_seqlen: int
+    max_positions: int
+    prefixes: Prefixes | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -48,18 +52,41 @@ class Readout:
 
 
 def pack(blocks: Sequence[EncodedBlock], device: torch.device) -> PackedBatch:
-    """Lay blocks end to end on `device`. Per block, its N documents' rows and then its query's row are read."""
-    lengths = [len(block.ids) for block in blocks]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    read = [np.append(block.doc_rows, block.query_row) + start for block, start in zip(blocks, starts, strict=False)]
+    """Lay blocks end to end on `device`. Per block, its N documents' rows and then its query's, if there is one, are
+    read. What several of them share is a sequence of its own, before the first that continues it."""
+    users = Counter(block.prefix for block in blocks)
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    continued: list[tuple[int, int]] = []  # of each sequence, start and length of what it continues
+    read: list[np.ndarray] = []
+    starts: dict[Prefix, int] = {}
+    total = 0
+
+    def lay(own: np.ndarray, start: int, shared: int) -> None:
+        nonlocal total
+        ids.append(own)
+        positions.append(np.arange(shared, shared + len(own)))
+        continued.append((start, shared))
+        total += len(own)
+
+    for block in blocks:
+        prefix = block.prefix if users[block.prefix] > 1 else None
+        if prefix is not None and prefix not in starts:
+            starts[prefix] = total
+            lay(prefix.ids, 0, 0)
+        shared = 0 if prefix is None else len(prefix.ids)
+        read.append(block.read_rows - shared + total)
+        lay(block.ids[shared:], 0 if prefix is None else starts[prefix], shared)
+    lengths = [len(own) for own in ids]
 
     return PackedBatch(
-        ids=_put(np.concatenate([block.ids for block in blocks]).astype(np.int64), device),
-        positions=_put(np.concatenate([np.arange(length) for length in lengths]), device),
-        cu_seqlens=_put(starts.astype(np.int32), device),
+        ids=_put(np.concatenate(ids).astype(np.int64), device),
+        positions=_put(np.concatenate(positions), device),
+        cu_seqlens=_put(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device),
         seqlens=tuple(lengths),
         read_rows=_put(np.concatenate(read), device),
-        max_seqlen=max(lengths),
+        max_positions=max(len(block.ids) for block in blocks),
+        prefixes=Prefixes(_put(np.array(continued, np.int32), device), tuple(continued)) if starts else None,
     )
 
 

@@ -15,15 +15,16 @@ import torch
 
 from lastrerank import ops, saving
 from lastrerank.checkpoint import Checkpoint, open_checkpoint
+from lastrerank.families import FAMILIES, Cosine, Family, named
 from lastrerank.graphs import GraphedModel
 from lastrerank.isolation import isolated
 from lastrerank.kept import FileState, digest
 from lastrerank.model import Model
-from lastrerank.packing import pack, readout
+from lastrerank.packing import pack
 from lastrerank.progress import Progress
-from lastrerank.prompt import TEMPLATES, EncodedBlock, PromptEncoder, PromptTemplate
+from lastrerank.prompt import EncodedBlock, EncodedRequest, PassRows, RequestEncoder
 from lastrerank.request import BLOCK_SIZE, Document, RerankRequest
-from lastrerank.texts import CutText, Steps, run
+from lastrerank.texts import Steps, run
 
 # The checkpoint in the package.
 BUNDLED = "lastrerank-13m"
@@ -41,34 +42,13 @@ _BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 
 @dataclass(frozen=True)
-class EncodedRequest:
-    """A request as prompts, ready to be packed with others.
-
-    blocks: one prompt each. block_documents: for each block the indices of its documents in the request.
-    block_orders: for each block the order it belongs to, 0 being the caller's. doc_tokens: bare tokens of each
-    document after cutting. cut: whether each document was cut; query_cut: whether the query was.
-    """
-
-    request: RerankRequest
-    blocks: tuple[EncodedBlock, ...]
-    block_documents: tuple[np.ndarray, ...]
-    block_orders: tuple[int, ...]
-    doc_tokens: tuple[int, ...]
-    cut: tuple[bool, ...]
-    query_cut: bool
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt tokens of all blocks."""
-        return sum(len(block.ids) for block in self.blocks)
-
-
-@dataclass(frozen=True)
 class Scored:
-    """Scores of one request: fp32 `[N]` in the caller's order, and document vectors `[N, P]` (un-normalised)."""
+    """Scores of one request as published, fp32 `[N]` in the caller's order, and document vectors `[N, P]`
+    (un-normalised). raw: what documents are ranked by where that is another number: an activation makes ties."""
 
     scores: np.ndarray
     vectors: np.ndarray
+    raw: np.ndarray | None = None
 
 
 class ModelCard:
@@ -84,7 +64,7 @@ class ModelCard:
 
 
 class Reranker:
-    """A last-token listwise reranker. Made by `from_pretrained`; may be used from several threads."""
+    """A reranker of any family. Made by `from_pretrained`; may be used from several threads."""
 
     num_labels = 1  # of a CrossEncoder
 
@@ -92,7 +72,7 @@ class Reranker:
         self,
         checkpoint: Checkpoint,
         model: Model,
-        encoder: PromptEncoder,
+        encoder: RequestEncoder,
         *,
         device: torch.device,
         backend: str,
@@ -100,7 +80,7 @@ class Reranker:
         deterministic: bool,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
-        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.checkpoint, self.config, self.family = checkpoint, checkpoint.config, checkpoint.family
         self.model, self.encoder = model, encoder
         self.device, self.backend, self.dtype, self.deterministic = device, backend, dtype, deterministic
         self._made_by = made_by
@@ -119,7 +99,7 @@ class Reranker:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
-        template: str | PromptTemplate = "auto",
+        family: str | Family = "auto",
         deterministic: bool = False,
         revision: str | None = None,
     ) -> Reranker:
@@ -131,7 +111,7 @@ class Reranker:
             dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or quantised linears,
                 whose scores differ: "int8" (native backend), "float8" (Triton backend, Ada or newer).
             backend: "auto" or one of `lastrerank.ops.BACKENDS`.
-            template: "auto" (what the checkpoint says), a name in `lastrerank.prompt.TEMPLATES`, or a template.
+            family: "auto" (what the checkpoint says), a name in `lastrerank.families.FAMILIES`, or a family.
             deterministic: every block is its own pass, so that scores are bitwise the same alone and in company.
             revision: of a Hub id.
 
@@ -140,30 +120,20 @@ class Reranker:
             RuntimeError: a backend asked for by name can't serve here.
         """
         made_by = {"id_or_path": id_or_path, "device": device, "dtype": dtype, "backend": backend,
-                   "template": template, "deterministic": deterministic, "revision": revision}  # fmt: skip
+                   "family": family, "deterministic": deterministic, "revision": revision}  # fmt: skip
         target = resolve_device(str(device))
         dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
         if not isinstance(dtype, str) or dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
         if not isinstance(backend, str) or (backend != "auto" and backend not in ops.BACKENDS):
             raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {list(ops.BACKENDS)}")
-        known = isinstance(template, PromptTemplate) or template == "auto" or (
-            isinstance(template, str) and template in TEMPLATES
-        )
-        if not known:
-            raise ValueError(f"template is {template!r}, expected 'auto', one of {list(TEMPLATES)} or a PromptTemplate")
+        known = None if isinstance(family, str) and family == "auto" else named(family)
         if dtype == "auto":
             dtype = "float32" if target.type == "cpu" else "bfloat16"
-        source = open_checkpoint(id_or_path, revision)
+        source = open_checkpoint(id_or_path, revision, known)
         if Path(id_or_path).is_dir():  # another process may stand in another folder
             made_by["id_or_path"] = str(source.folder.resolve())
-        if template == "auto":
-            template = source.config.template
-        if isinstance(template, str):
-            if template not in TEMPLATES:
-                raise ValueError(f"config.json: lastrerank.template is {template!r}, expected one of {list(TEMPLATES)}")
-            template = TEMPLATES[template]
-        encoder = PromptEncoder(source.tokenizer, template)
+        encoder = source.family.prompt.encoder(source.tokenizer, source.config)
         name, operations = ops.select(backend, target, DTYPES[dtype])
         compute_dtype = _ACTIVATIONS.get(dtype, DTYPES[dtype])
         weights = source.weights(target, compute_dtype, operations.prepare)
@@ -196,8 +166,10 @@ class Reranker:
             ValueError: a file has changed since it was loaded.
         """
         if self._digest is None:
-            template = {name: value for name, value in vars(self.encoder.template).items() if name != "name"}
-            self._digest = digest(self.checkpoint.digest(), template)
+            parts = [dict(vars(self.family.prompt))]
+            if not isinstance(self.family.readout, Cosine):
+                parts.append(dict(vars(self.family.readout)))
+            self._digest = digest(self.checkpoint.digest(), *parts)
         return {"model": self.checkpoint.name, "digest": self._digest, "dtype": self.dtype, "backend": self.backend}
 
     # What people call
@@ -222,8 +194,10 @@ class Reranker:
         long.
 
         Returns:
-            Dicts, best first, ties in input order: `document` (the caller's own object), `relevance_score` (cosine in
-            [-1, 1]), `index`, `embedding` (fp32 `[P]`, not normalised, or None). `[]` for no documents.
+            Dicts, best first, ties in input order: `document` (the caller's own object), `relevance_score` (as the
+            family publishes it: of a listwise one a cosine in [-1, 1]), `index`, `embedding` (fp32 `[P]`, not
+            normalised, or None); of a family that judges one document at a time also `raw_score`, the logit that is
+            ranked by. `[]` for no documents.
 
         Raises:
             TypeError, ValueError: an argument is bad; the message names it, its position and its value.
@@ -253,7 +227,7 @@ class Reranker:
             RerankRequest.of(request, "request" if single else f"requests[{i}]") for i, request in enumerate(requests)
         ]
         for i, request in enumerate(checked):
-            self.check_caps(request, "" if single else f"requests[{i}].")
+            self.encoder.check(request, "" if single else f"requests[{i}].")
         scored = self.score_encoded(
             (self.encode(request) for request in checked), max_batch_tokens=max_batch_tokens, progress=progress,
             documents=sum(len(request.documents) * request.orders for request in checked),
@@ -347,8 +321,11 @@ class Reranker:
         `quantization_config`. Loaded with dtype "int8" it gives the same scores; with another, those of the quantised
         weights.
 
+        A family that scores by logits is saved as a classifier of one output (`score.weight`, fp32), which
+        Transformers reads as such.
+
         Raises:
-            ValueError: the weights are quantised in a way that isn't saved (float8).
+            ValueError: the weights are quantised in a way that isn't saved (float8), or the family is one's own.
             OSError: it can't be written; the folder is as it was.
         """
         self._check_table()
@@ -359,7 +336,10 @@ class Reranker:
         if self.dtype == "int8":
             raw, state = saving.quantised(raw, state)
         else:
-            state = {name: tensor.to(DTYPES[self.dtype]) for name, tensor in state.items()}
+            kept = ("score.weight",)  # fp32, whatever the dtype is
+            state = {n: tensor if n in kept else tensor.to(DTYPES[self.dtype]) for n, tensor in state.items()}
+        if not isinstance(self.family.readout, Cosine):
+            raw = self._as_classifier(raw)
         limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.max_context}
         saving.save(
             folder, {name: value for name, value in raw.items() if name != "quantization_config" or value},
@@ -367,37 +347,26 @@ class Reranker:
             hub_id=source.name if "/" in source.name else None,
         )  # fmt: skip
 
+    def _as_classifier(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of a decoder whose head is one row: what it was made from isn't kept."""
+        if FAMILIES.get(self.family.name) != self.family:
+            raise ValueError(f"family {self.family.name!r} is none of {list(FAMILIES)}: whoever loads it couldn't tell")
+        architecture = f"{raw['model_type'].capitalize()}ForSequenceClassification"
+        own = {n: v for n, v in (raw.get("lastrerank") or {}).items() if n != "template"} | {"family": self.family.name}
+        dropped = ("auto_map", "num_labels")
+        return {n: v for n, v in raw.items() if n not in dropped} | {
+            "architectures": [architecture], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "lastrerank": own
+        }
+
     # What an engine calls
 
     def encode(self, request: RerankRequest) -> EncodedRequest:
-        """Tokenise a checked request and lay its documents out in blocks. Thread-safe, touches no device."""
+        """Tokenise a checked request to prompts. Thread-safe, touches no device."""
         return run(self.encode_by_slices(request))
 
     def encode_by_slices(self, request: RerankRequest) -> Steps[EncodedRequest]:
         """The same as a generator that yields after each slice of the work."""
-        query_cap, doc_cap = self.check_caps(request)
-        query = self.encoder.cut([request.query], query_cap)[0]
-        most = self.config.max_query_length
-        if request.instruction and self.encoder.cut([request.instruction], most)[0].cut:
-            raise ValueError(f"instruction has more than {most} tokens, what this checkpoint's queries may have")
-        documents = yield from self.encoder.cut_by_slices(request.texts, doc_cap)
-        capacity = self.config.max_context - 2 * query.length
-        blocks: list[EncodedBlock] = []
-        block_documents: list[np.ndarray] = []
-        block_orders: list[int] = []
-        for order, permutation in enumerate(_orders(len(documents), request.orders)):
-            for members in _blocks([documents[i] for i in permutation], capacity, doc_cap, request.block_size):
-                indices = permutation[members]
-                blocks.append(
-                    self.encoder.encode_block(query, [documents[i] for i in indices], request.instruction)
-                )
-                block_documents.append(indices)
-                block_orders.append(order)
-                yield
-        return EncodedRequest(
-            request, tuple(blocks), tuple(block_documents), tuple(block_orders),
-            tuple(document.length for document in documents), tuple(document.cut for document in documents), query.cut,
-        )  # fmt: skip
+        return (yield from self.encoder.encode_by_slices(request))
 
     def score_encoded(
         self,
@@ -440,7 +409,8 @@ class Reranker:
     def read_rows(
         self, blocks: Sequence[EncodedBlock], on_layer: Callable[[int], None] | None = None
     ) -> list[torch.Tensor]:
-        """One packed pass: of each block the residual stream `[N + 1, D]` at its N documents' rows and its query's.
+        """One packed pass: of each block the residual stream `[R, D]` at its documents' rows and its query's, if one is
+        read.
 
         on_layer: as `Model.hidden_states`, for progress, and to stop by an exception. A captured CUDA graph is replayed
         where one holds the pass.
@@ -457,7 +427,7 @@ class Reranker:
             elif on_layer is not None:
                 for _ in range(self.config.num_layers):
                     on_layer(batch.num_tokens)
-            return list(rows.split([len(block.doc_rows) + 1 for block in blocks]))
+            return list(rows.split([len(block.read_rows) for block in blocks]))
 
     def score_read_rows(self, requests: Sequence[EncodedRequest], hidden: Sequence[torch.Tensor]) -> list[Scored]:
         """Readout of complete requests from the read rows of all their blocks, in order; one copy to the host.
@@ -469,11 +439,13 @@ class Reranker:
             return []
         counts = [len(block.doc_rows) for request in requests for block in request.blocks]
         # Every order of a request is fused apart, as if it were a request of its own.
-        keys = [(n, order) for n, request in enumerate(requests) for order in request.block_orders]
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        owners = [(n, order) for n, request in enumerate(requests) for order in request.block_orders]
         with isolated(self.device):
-            where = readout(counts, [numbers[key] for key in keys], self.device)
-            vectors, _, scores = self.model.score(torch.cat(list(hidden)), where)
+            weights = self.model.weights
+            assert weights.readout is not None
+            vectors, scores = weights.readout(
+                self.model.ops, torch.cat(list(hidden)), weights.norm, self.config.rms_norm_eps, counts, owners
+            )
             host_scores = scores.float().cpu().numpy()
             wants_vectors = any(request.request.return_embeddings for request in requests)
             host_vectors = vectors.float().cpu().numpy() if wants_vectors else np.zeros((len(scores), 0), np.float32)
@@ -490,7 +462,11 @@ class Reranker:
                 if order == 0:
                     own[members] = host_vectors[row : row + len(members)]
                 row += len(members)
-            results.append(Scored((total / request.request.orders).astype(np.float32), own))
+            found = (total / request.request.orders).astype(np.float32)
+            logit = self.family.readout
+            results.append(
+                Scored(found, own) if isinstance(logit, Cosine) else Scored(logit.published(found), own, found)
+            )
         return results
 
     def _check_table(self) -> None:
@@ -505,16 +481,6 @@ class Reranker:
                 raise RuntimeError(f"{touched.path} was overwritten while its weights are in use: load the model again")
             self._seen = touched
 
-    def check_caps(self, request: RerankRequest, prefix: str = "") -> tuple[int, int]:
-        query_cap = request.max_query_length or self.config.max_query_length
-        doc_cap = request.max_doc_length or self.config.max_doc_length
-        if 2 * query_cap + doc_cap > self.config.max_context:
-            raise ValueError(
-                f"{prefix}max_query_length {query_cap} and {prefix}max_doc_length {doc_cap}: the query, twice, and one "
-                f"document don't fit the context of {self.config.max_context} tokens"
-            )
-        return query_cap, doc_cap
-
 
 def _advance(bar: Progress, documents: float, tokens: int) -> None:
     """A layer is done."""
@@ -523,13 +489,15 @@ def _advance(bar: Progress, documents: float, tokens: int) -> None:
 
 def ranked(request: RerankRequest, scored: Scored) -> list[dict[str, Any]]:
     """The results of a request, best first, ties in input order, at most `top_n`."""
-    order = np.argsort(-scored.scores, kind="stable")[: request.top_n]
+    raw = scored.scores if scored.raw is None else scored.raw
+    order = np.argsort(-raw, kind="stable")[: request.top_n]
     return [
         {
             "document": request.documents[i],
             "relevance_score": float(scored.scores[i]),
             "index": int(i),
             "embedding": scored.vectors[i].copy() if request.return_embeddings else None,
+            **({} if scored.raw is None else {"raw_score": float(raw[i])}),
         }
         for i in order
     ]
@@ -578,28 +546,6 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _orders(count: int, orders: int) -> Iterator[np.ndarray]:
-    """Permutations of the list: the caller's order, then seeded random ones."""
-    yield np.arange(count)
-    generator = np.random.default_rng(0)
-    for _ in range(orders - 1):
-        yield generator.permutation(count)
-
-
-def _blocks(documents: Sequence[CutText], capacity: int, doc_cap: int, block_size: int) -> Iterator[list[int]]:
-    """The published block rule: close a block when it is full or has no room for a longest document."""
-    members: list[int] = []
-    left = capacity
-    for index, document in enumerate(documents):
-        members.append(index)
-        left -= document.length
-        if len(members) >= block_size or left <= doc_cap:
-            yield members
-            members, left = [], capacity
-    if members:
-        yield members
-
-
 def _blocks_of(
     requests: Iterable[EncodedRequest], unfinished: dict[int, EncodedRequest]
 ) -> Iterator[tuple[int, EncodedBlock]]:
@@ -613,15 +559,15 @@ def _blocks_of(
 def _passes(
     blocks: Iterator[tuple[int, EncodedBlock]], budget: int
 ) -> Iterator[list[tuple[int, EncodedBlock]]]:
-    """Blocks in order, grouped so that a group has at most `budget` tokens or a single block."""
+    """Blocks in order, grouped so that a group has at most `budget` rows or a single block."""
     group: list[tuple[int, EncodedBlock]] = []
-    tokens = 0
+    rows = PassRows()
     for number, block in blocks:
-        if group and tokens + len(block.ids) > budget:
+        if group and rows.with_block(block) > budget:
             yield group
-            group, tokens = [], 0
+            group, rows = [], PassRows()
         group.append((number, block))
-        tokens += len(block.ids)
+        rows.add(block)
     if group:
         yield group
 

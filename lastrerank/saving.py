@@ -23,6 +23,7 @@ from lastrerank.config import QUANTIZATION, ModelConfig
 from lastrerank.kept import partial_name
 from lastrerank.model import ModelWeights
 from lastrerank.ops import QuantisedWeight, Weight
+from lastrerank.readouts import Head, Projector
 
 # The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
 _INT8_MAX = 64
@@ -100,7 +101,10 @@ def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Te
         ValueError: a weight is quantised and can't be unpacked.
     """
     state = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
-    state |= {"projector.0.weight": weights.w1, "projector.2.weight": weights.w2}
+    if isinstance(weights.readout, Projector):
+        state |= {"projector.0.weight": weights.readout.w1, "projector.2.weight": weights.readout.w2}
+    elif isinstance(weights.readout, Head):
+        state["score.weight"] = weights.readout.vector[None]
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def put(parts: dict[str, int], *stacked: Weight) -> None:

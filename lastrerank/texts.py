@@ -76,7 +76,7 @@ class TextEncoder:
         self._longest_control = max(map(len, control_tokens), default=0)
         self._divides_runs = _is_byte_level(json.loads(tokenizer.to_str())) and not self._longest_control
         self._longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=False)), default=1)
-        self._cache: OrderedDict[tuple[str, int], CutText] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int, bool], CutText] = OrderedDict()
         self._cache_bytes, self._cache_limit = 0, cache_bytes
         self._lock = Lock()
         _encoders.add(self)
@@ -88,14 +88,18 @@ class TextEncoder:
         """
         return run(self.cut_by_slices(texts, cap))
 
-    def cut_by_slices(self, texts: Sequence[str], cap: int) -> Steps[list[CutText]]:
-        """The same as a generator: yields after each slice of the work, and returns the result."""
+    def cut_by_slices(self, texts: Sequence[str], cap: int, at_ids: bool = False) -> Steps[list[CutText]]:
+        """The same as a generator: yields after each slice of the work, and returns the result.
+
+        at_ids: a text of more than `cap` tokens becomes its first `cap` ids, and its `text` stays whole: decoding and
+        encoding again, as `cut` does it, may give others.
+        """
         found: dict[str, CutText] = {}
         with self._lock:
             for text in texts:
-                entry = self._cache.get((text, cap))
+                entry = self._cache.get((text, cap, at_ids))
                 if entry is not None:
-                    self._cache.move_to_end((text, cap))
+                    self._cache.move_to_end((text, cap, at_ids))
                     found[text] = entry
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         for number, group in enumerate(_slices(missing, 16 * cap + 64)):
@@ -106,16 +110,18 @@ class TextEncoder:
             ids = {text: found_ids for text, (found_ids, _) in long.items()}
             ids.update(self.encode(text for text in group if text not in ids))
             kept = {text: self.tokenizer.decode(ids[text][:cap], skip_special_tokens=False) for text in group
-                    if len(ids[text]) > cap}
+                    if len(ids[text]) > cap and not at_ids}
             kept_ids = self.encode(dict.fromkeys(kept.values()))
             for text in group:
                 if text in kept:
                     entry = CutText(kept[text], np.asarray(kept_ids[kept[text]], np.int32), cap, True)
+                elif len(ids[text]) > cap:
+                    entry = CutText(text, np.asarray(ids[text][:cap], np.int32), cap, True)
                 else:
                     read = long[text][1] if text in long else text
                     entry = CutText(read, np.asarray(ids[text], np.int32), len(ids[text]), read is not text)
                 found[text] = entry
-                self._remember((text, cap), entry)
+                self._remember((text, cap, at_ids), entry)
         return [found[text] for text in texts]
 
     def encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -178,8 +184,8 @@ class TextEncoder:
                 return count
         return None
 
-    def _remember(self, key: tuple[str, int], entry: CutText) -> None:
-        def size(item: tuple[str, int], value: CutText) -> int:
+    def _remember(self, key: tuple[str, int, bool], entry: CutText) -> None:
+        def size(item: tuple[str, int, bool], value: CutText) -> int:
             return 4 * len(item[0]) + value.ids.nbytes + 256
 
         with self._lock:

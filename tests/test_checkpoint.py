@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lastrerank import Reranker
 from lastrerank.checkpoint import open_checkpoint
 from lastrerank.config import ModelConfig
+from lastrerank.lists import list_caps
 from lastrerank.random_checkpoint import SHAPES, small_tokenizer, write_random_checkpoint
 
 DOCUMENTS = ["one document", "another", "a third one"]
@@ -198,9 +199,9 @@ def test_layer_types_are_read_not_derived():
     without = {k: v for k, v in raw.items() if k != "layer_types"}
     assert ModelConfig.from_dict({**without, "use_sliding_window": True}).layer_windows == (None, None, None)
     caps = ModelConfig.from_dict({**raw, "use_sliding_window": True})
-    assert (caps.max_query_length, caps.max_doc_length) == (1024, 8192)
+    assert list_caps(caps) == (1024, 8192)
     caps = ModelConfig.from_dict(raw, model_max_length=10**30)
-    assert (caps.max_query_length, caps.max_doc_length, caps.max_context) == (512, 2048, 131072)
+    assert (*list_caps(caps), caps.max_context) == (512, 2048, 131072)
 
 
 def test_shapes_are_the_published_ones():

@@ -32,7 +32,7 @@ def test_a_filled_bucket_gives_the_pass_itself(small_reranker, lists):
         # The reference needs lengths on the host, which a graph's kernels read on the device.
         lengths = tuple(bucket.cu_seqlens.diff().tolist())
         static = PackedBatch(
-            bucket.ids, bucket.positions, bucket.cu_seqlens, lengths, bucket.read_rows, bucket.max_seqlen
+            bucket.ids, bucket.positions, bucket.cu_seqlens, lengths, bucket.read_rows, bucket.max_positions
         )
         out = model.hidden_states(static)[: len(batch.read_rows)]
         expected = model.hidden_states(batch)

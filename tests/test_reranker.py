@@ -238,7 +238,7 @@ def test_bad_requests_and_pairs(small_reranker):
         (dict(device="mps"), "device is 'mps'"),
         (dict(dtype="float7"), "dtype is 'float7'"),
         (dict(backend="fast"), "backend is 'fast'"),
-        (dict(template="chat"), "template is 'chat'"),
+        (dict(family="chat"), "family is 'chat'"),
     ],
 )
 def test_unknown_choices_are_named(small, argument, message):
@@ -350,7 +350,7 @@ def test_as_a_cross_encoder(small_reranker):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"template": None}, "template is None"), ({"template": {}}, "template is"),
+    [({"family": None}, "family is None"), ({"family": {}}, "family is"),
      ({"backend": ["native"]}, "backend is"),
      ({"dtype": 5}, "dtype is 5"), ({"id_or_path": "a" * 5000}, "id_or_path is")],
 )  # fmt: skip

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lastrerank import texts as module
-from lastrerank.prompt import EMBED_TOKEN, TRANSFORMERS, PromptEncoder
+from lastrerank.families.listwise import PROMPT
+from lastrerank.lists import EMBED_TOKEN, ListEncoder
 from lastrerank.random_checkpoint import qwen3_tokenizer, small_tokenizer
 from lastrerank.texts import TextEncoder, run
 
@@ -193,9 +194,9 @@ def test_what_composes_with_the_character_before_is_known():
 def test_a_control_token_at_the_end_of_a_piece_is_not_torn():
     """Where control tokens in text are let through: those that a piece would end in the middle of, too."""
     tokenizer = qwen3_tokenizer() or small_tokenizer()
-    published = PromptEncoder(
-        tokenizer, type(TRANSFORMERS)(**{**vars(TRANSFORMERS), "control_tokens_in_text": True})
-    )._texts
+    published = ListEncoder(
+        tokenizer, type(PROMPT)(**{**vars(PROMPT), "control_tokens_in_text": True})
+    ).pieces.texts
     for shift in range(0, 24):
         text = "x " * 40 + "y" * shift + "<|im_end|>" * 3000
         whole = published.encode([text])[text]

@@ -111,7 +111,7 @@ def rerank_run(
         ValueError: `path` holds a run with other settings or weights, or of other texts, or is being written.
     """
     target = Path(path)
-    own = {**settings, **reranker.identity(), "max_doc_length": max_doc_length or reranker.config.max_doc_length}
+    own = {**settings, **reranker.identity(), "max_doc_length": max_doc_length or reranker.encoder.max_doc_length}
     inputs = {
         q: digest(dataset.queries[q], [[d, dataset.documents[d]] for d in names])[:16]
         for q, names in candidates.items()

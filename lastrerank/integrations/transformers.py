@@ -51,9 +51,8 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
     if getattr(vars(decoder).get("forward"), "is_lastrerank", False):
         del decoder.forward
     table = decoder.embed_tokens.weight
-    # Caps belong to whoever makes prompts, a head to whoever holds the decoder.
-    own = {"lastrerank": {"max_query_length": 1, "max_doc_length": 1}, "architectures": None}
-    config = ModelConfig.from_dict(decoder.config.to_dict() | own)
+    # A head belongs to whoever holds the decoder.
+    config = ModelConfig.from_dict(decoder.config.to_dict() | {"architectures": None})
     _account(decoder)
     if backend == "auto" and table.device.type == "cpu":
         backend = "reference"
@@ -205,7 +204,7 @@ def _simple(module: Any) -> dict[str, Any]:
 
 
 def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operations) -> ModelWeights:
-    """The decoder's parameters as our weights, in their own memory. The projector is not the decoder's: it is empty."""
+    """The decoder's parameters as our weights, in their own memory."""
 
     def packed(*linears: Any) -> torch.Tensor:
         whole = torch.cat([linear.weight.detach() for linear in linears])
@@ -233,11 +232,10 @@ def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operation
             )
         )
     q_size, norm = config.num_heads * config.head_dim, decoder.norm.weight.detach()
-    empty = norm.new_empty(0, config.hidden_size)
     return ModelWeights(
         decoder.embed_tokens.weight.detach(), tuple(layers),
         LastLayerProjections(operations.prepare(qkv[:q_size]), operations.prepare(qkv[q_size:])),
-        norm, empty, empty.new_empty(0, 0),
+        norm,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -34,6 +35,18 @@ class QuantisedWeight(OwnWeight, Protocol):
 
 
 Weight = torch.Tensor | OwnWeight
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Which packed sequences continue others: a query of sequence s sees the rows `start .. start + length - 1` as if
+    they stood before its own; length 0: it continues none.
+
+    table: int32 `[S, 2]`, start and length of each. host: the same as Python integers.
+    """
+
+    table: torch.Tensor
+    host: tuple[tuple[int, int], ...]
 
 
 class Operations(Protocol):
@@ -97,13 +110,14 @@ class Operations(Protocol):
         scale: float,
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        prefixes: Prefixes | None = None,
     ) -> torch.Tensor:
-        """Causal grouped-query attention within each sequence.
+        """Causal grouped-query attention within each sequence and what it continues.
 
         q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride. Key j is visible to query i of its sequence when
-        `j <= i` and, with a window, `i - j < window`. cu_seqlens int32 `[S + 1]`, seqlens the lengths on the host.
-        With rows (int64 `[R]`, ascending): q is `[R, Hq, d]`, the queries at these rows only. out may be q itself.
-        Returns `[T or R, Hq, d]`.
+        `j <= i` and, with a window, `i - j < window`; both count from the beginning of what the sequence continues.
+        cu_seqlens int32 `[S + 1]`, seqlens the lengths on the host. With rows (int64 `[R]`, ascending): q is
+        `[R, Hq, d]`, the queries at these rows only. out may be q itself. Returns `[T or R, Hq, d]`.
         """
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -130,20 +144,35 @@ class Operations(Protocol):
         Source: arXiv 2509.25085, and the published `rerank` for the fusion.
         """
 
+    def logit(
+        self, hidden: torch.Tensor, norm_weight: torch.Tensor, vector: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Readout by one row of a head: final RMSNorm of hidden `[R, D]`, product with vector fp32 `[D]`, in fp32
+        throughout. Returns fp32 `[R]`."""
+
 
 def attention_flops(
-    cu_seqlens: torch.Tensor, window: int | None, num_heads: int, head_dim: int, rows: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor,
+    window: int | None,
+    num_heads: int,
+    head_dim: int,
+    rows: torch.Tensor | None = None,
+    prefixes: torch.Tensor | None = None,
 ) -> int:
     """Floating-point operations of causal attention: two products for each visible pair of tokens and head.
 
     Args:
         cu_seqlens: integer `[S + 1]`, starts of the packed sequences and the end.
         rows: integer `[R]`, the rows attention is computed for; default: all.
+        prefixes: `Prefixes.table`.
     """
     if rows is None:
         rows = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     rows = rows.to(cu_seqlens.dtype)
-    visible = rows - cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1] + 1
+    sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
+    visible = rows - cu_seqlens[sequence] + 1
+    if prefixes is not None:
+        visible = visible + prefixes[sequence, 1]
     pairs = int((visible if window is None else visible.clamp(max=window)).sum())
     return 4 * num_heads * head_dim * pairs
 

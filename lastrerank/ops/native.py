@@ -2,7 +2,7 @@
 
 fp32 activations; linears in fp32, or in int8 (weights 7 bits and symmetric per output, the few too large for that kept
 in fp32 beside them; activations 8 bits and symmetric per row; integer accumulation). What the kernels don't do better
-than PyTorch is inherited: `embed`, and `score`, which is 0.1 % of a pass.
+than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
 
 `LASTRERANK_ISA` forces an instruction set (portable, avx2, avx512, avx512vnni) for tests and measurements.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lastrerank.isolation import num_threads
-from lastrerank.ops import Weight
+from lastrerank.ops import Prefixes, Weight
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.ops.shapes import (
     check_attention,
@@ -30,7 +30,7 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 4
+_VERSION = 5
 _OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
@@ -54,7 +54,7 @@ class _Kernels(ctypes.Structure):
         (
             "attention",
             ctypes.CFUNCTYPE(
-                _I, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _L, _L, _L, _L, _F, _P, _L
+                _I, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _P, _P, _L, _L, _L, _L, _L, _F, _P, _L
             ),
         ),
     )
@@ -175,8 +175,9 @@ class NativeOperations(ReferenceOperations):
         scale: float,
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        prefixes: Prefixes | None = None,
     ) -> torch.Tensor:
-        starts = check_attention(q, k, v, cu_seqlens, seqlens, window, rows, out)
+        starts = check_attention(q, k, v, cu_seqlens, seqlens, window, rows, out, prefixes)
         out = _empty(*q.shape) if out is None else out
         bounds = starts if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).tolist()
         out[bounds[-1] :] = 0  # of no sequence
@@ -186,10 +187,12 @@ class NativeOperations(ReferenceOperations):
                 continue
             positions = None if rows is None else rows[first:last] - starts[s]
             keys, values = k[starts[s] :], v[starts[s] :]
+            start, shared = (0, 0) if prefixes is None else prefixes.host[s]
             _done(self.kernels.attention(
                 num_threads(), _pointer(q[first:]), q.stride(0), last - first,
                 _pointer(positions, torch.int64), _pointer(keys), k.stride(0), _pointer(values), v.stride(0), length,
-                q.shape[1], k.shape[1], q.shape[2], window or 0, scale, _pointer(out[first:]), out.stride(0),
+                _pointer(k[start:]), _pointer(v[start:]), shared, q.shape[1], k.shape[1], q.shape[2], window or 0,
+                scale, _pointer(out[first:]), out.stride(0),
             ))  # fmt: skip
         return out
 

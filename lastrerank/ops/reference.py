@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from lastrerank.ops import Weight
+from lastrerank.ops import Prefixes, Weight
 
 # Bound on one attention call's output and on one explicit mask, in elements. Large enough that calls are few.
 _TILE_ELEMENTS = 1 << 22
@@ -88,6 +88,7 @@ class ReferenceOperations:
         scale: float,
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        prefixes: Prefixes | None = None,
     ) -> torch.Tensor:
         differentiable = torch.is_grad_enabled()
         if out is None and not differentiable:
@@ -99,11 +100,16 @@ class ReferenceOperations:
             keys, queries = slice(starts[s], starts[s + 1]), slice(row_bounds[s], row_bounds[s + 1])
             if queries.start == queries.stop:  # an empty sequence, or none of its rows is read
                 continue
-            if rows is None and (window is None or window >= length):
-                tiles, along = _causal(q[queries], k[keys], v[keys], scale), 1
+            own_k, own_v = k[keys], v[keys]
+            first, shared = (0, 0) if prefixes is None else prefixes.host[s]
+            if shared:
+                own_k, own_v = (torch.cat([x[first : first + shared], own]) for x, own in ((k, own_k), (v, own_v)))
+            if not shared and rows is None and (window is None or window >= length):
+                tiles, along = _causal(q[queries], own_k, own_v, scale), 1
             else:
                 row_ids = torch.arange(length, device=q.device) if rows is None else rows[queries] - starts[s]
-                tiles, along = _masked(q[queries], k[keys], v[keys], row_ids, window, scale, rows is None), 0
+                dense = rows is None and not shared
+                tiles, along = _masked(q[queries], own_k, own_v, row_ids + shared, window, scale, dense), 0
             if out is None:
                 sequences.append(torch.cat([tile for _, tile in tiles], dim=along))
             else:
@@ -144,6 +150,11 @@ class ReferenceOperations:
         alone = blocks[sequence_request] == 1
         fused = torch.where(alone[:, None], queries, fused[sequence_request])
         return docs, queries, _cosine(docs, fused[doc_sequence])
+
+    def logit(
+        self, hidden: torch.Tensor, norm_weight: torch.Tensor, vector: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return (_rms_norm(hidden, norm_weight, eps) * vector).sum(-1)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from lastrerank.ops import Prefixes
+
 
 def _require(fits: bool, expected: str, **found: Tensor | None) -> None:
     if not fits:
@@ -73,6 +75,7 @@ def check_attention(
     window: int | None,
     rows: Tensor | None,
     out: Tensor | None,
+    prefixes: Prefixes | None = None,
 ) -> list[int]:
     """The starts of the sequences and the end; rows beyond it belong to none (static buckets have such).
 
@@ -87,6 +90,11 @@ def check_attention(
     lengths = tuple(b - a for a, b in pairwise(starts))
     if not starts or starts[0] != 0 or starts[-1] > len(k) or lengths != tuple(seqlens) or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens is {starts!s:.80}, seqlens {seqlens!s:.80}: not the sequences of {len(k)} rows")
+    for start, length in () if prefixes is None else prefixes.host:
+        if start < 0 or length < 0 or start + length > len(k):
+            raise ValueError(f"prefixes has rows {start} to {start + length}: there are {len(k)}")
+    if prefixes is not None and len(prefixes.host) != len(lengths):
+        raise ValueError(f"prefixes has {len(prefixes.host)} sequences, cu_seqlens {len(lengths)}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, expected None or at least 1")
     if rows is None:
@@ -97,6 +105,12 @@ def check_attention(
         if not inside:
             raise ValueError(f"rows is {rows.tolist()!s:.80}, expected ascending rows of {len(k)}")
     return starts
+
+
+def check_logit(hidden: Tensor, norm_weight: Tensor, vector: Tensor) -> None:
+    """Raises: ValueError."""
+    fits = hidden.ndim == 2 and norm_weight.shape == vector.shape == hidden.shape[1:]
+    _require(fits, "hidden [R, D], norm_weight and vector [D]", hidden=hidden, norm_weight=norm_weight, vector=vector)
 
 
 def check_weight(weight: Tensor, scales: Tensor | None = None) -> None:

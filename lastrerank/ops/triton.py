@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lastrerank.kernels import attention as attention_kernel
+from lastrerank.kernels import logit as logit_kernel
 from lastrerank.kernels import qk_norm_rope as qk_norm_rope_kernel
 from lastrerank.kernels import rms_norm as rms_norm_kernel
 from lastrerank.kernels import score as score_kernel
 from lastrerank.kernels import swiglu as swiglu_kernel
-from lastrerank.ops import attention_flops
+from lastrerank.ops import Prefixes, attention_flops
 from lastrerank.ops.reference import ReferenceOperations
 
 
@@ -58,14 +59,16 @@ class TritonOperations(ReferenceOperations):
         scale: float,
         rows: Tensor | None = None,
         out: Tensor | None = None,
+        prefixes: Prefixes | None = None,
     ) -> Tensor:
+        table = None if prefixes is None else prefixes.table
         arguments = (k, v, cu_seqlens, max(seqlens), window, scale)
         if out is None:
-            return torch.ops.lastrerank.attention(q, *arguments, rows)
+            return torch.ops.lastrerank.attention(q, *arguments, rows, table)
         if out is q:
-            torch.ops.lastrerank.attention_(q, *arguments)
+            torch.ops.lastrerank.attention_(q, *arguments, table)
             return q
-        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows))
+        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows, table))
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return torch.ops.lastrerank.swiglu(gate_up)
@@ -87,9 +90,18 @@ class TritonOperations(ReferenceOperations):
         )
         return vectors[: len(doc_rows)], vectors[len(doc_rows) :], scores
 
+    def logit(self, hidden: Tensor, norm_weight: Tensor, vector: Tensor, eps: float) -> Tensor:
+        return torch.ops.lastrerank.logit(hidden, norm_weight, vector, eps)
+
 
 def _attention_over_queries(q: Tensor, *arguments: Any) -> None:
-    attention_kernel.attention(q, *arguments, out=q)
+    *first, prefixes = arguments
+    attention_kernel.attention(q, *first, out=q, prefixes=prefixes)
+
+
+def _attention(q: Tensor, *arguments: Any) -> Tensor:
+    *first, prefixes = arguments
+    return attention_kernel.attention(q, *first, prefixes=prefixes)
 
 
 # name, schema, implementation, shape of the result. A trailing underscore: the first argument is written.
@@ -102,9 +114,9 @@ _OPERATIONS = (
     ("qk_norm_rope_", "(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor positions, "
      "int num_heads, int num_kv_heads, float eps) -> ()",
      qk_norm_rope_kernel.qk_norm_rope, lambda *arguments: None),
-    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows) -> Tensor",
-     attention_kernel.attention, lambda q, *arguments: q.new_empty(q.shape)),
-    ("attention_", f"(Tensor(a!) q, {_ATTENTION}) -> ()",
+    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows, Tensor? prefixes) -> Tensor",
+     _attention, lambda q, *arguments: q.new_empty(q.shape)),
+    ("attention_", f"(Tensor(a!) q, {_ATTENTION}, Tensor? prefixes) -> ()",
      _attention_over_queries, lambda *arguments: None),
     ("swiglu", "(Tensor gate_up) -> Tensor",
      swiglu_kernel.swiglu, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)),
@@ -114,6 +126,8 @@ _OPERATIONS = (
      lambda hidden, doc_rows, query_rows, doc_sequence, sequence_request, norm_weight, w1, w2, eps: (
          hidden.new_empty(doc_rows.shape[0] + query_rows.shape[0], w2.shape[0], dtype=torch.float32),
          hidden.new_empty(doc_rows.shape[0], dtype=torch.float32))),
+    ("logit", "(Tensor hidden, Tensor norm_weight, Tensor vector, float eps) -> Tensor",
+     logit_kernel.logit, lambda hidden, *arguments: hidden.new_empty(hidden.shape[0], dtype=torch.float32)),
 )  # fmt: skip
 
 for _name, _schema, _kernel, _fake in _OPERATIONS:
@@ -122,7 +136,7 @@ for _name, _schema, _kernel, _fake in _OPERATIONS:
     torch.library.register_fake(f"lastrerank::{_name}", _fake)
 
 
-@register_flop_formula([torch.ops.lastrerank.attention, torch.ops.lastrerank.attention_], get_raw=True)
+@register_flop_formula(torch.ops.lastrerank.attention, get_raw=True)
 def _attention_flops(
     q: Tensor,
     k: Tensor,
@@ -132,6 +146,22 @@ def _attention_flops(
     window: int | None,
     scale: float,
     rows: Tensor | None = None,
+    prefixes: Tensor | None = None,
     out_val: object = None,
 ) -> int:
-    return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], rows)
+    return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], rows, prefixes)
+
+
+@register_flop_formula(torch.ops.lastrerank.attention_, get_raw=True)
+def _attention_flops_in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
+    scale: float,
+    prefixes: Tensor | None = None,
+    out_val: object = None,
+) -> int:
+    return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], None, prefixes)

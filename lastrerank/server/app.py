@@ -157,13 +157,14 @@ def create_app(
         return JSONResponse({
             "model": names[0], "version": __version__, "device": str(reranker.device), "backend": reranker.backend,
             "dtype": reranker.dtype, "max_context": reranker.config.max_context,
-            "max_query_length": reranker.config.max_query_length, "max_doc_length": reranker.config.max_doc_length,
+            "family": reranker.family.name, "max_query_length": reranker.encoder.max_query_length,
+            "max_doc_length": reranker.encoder.max_doc_length,
             "max_batch_tokens": engine.max_batch_tokens, "max_queue_tokens": engine.max_queue_tokens,
             "max_request_tokens": engine.max_request_tokens, "max_documents": most, "max_body_bytes": bounds.max_body,
             # As text-embeddings-inference names them.
             "model_id": names[0], "model_sha": None, "model_dtype": reranker.dtype,
             "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-            "max_client_batch_size": most, "max_input_length": reranker.config.max_doc_length,
+            "max_client_batch_size": most, "max_input_length": reranker.encoder.max_doc_length,
         })  # fmt: skip
 
     def as_model(name: str) -> dict[str, Any]:

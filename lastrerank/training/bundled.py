@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from lastrerank.prompt import TRANSFORMERS
+from lastrerank.families.listwise import PROMPT
 from lastrerank.training.data import TrainingData, json_lines, read_training_data
 from lastrerank.training.mining import Pair, mine_lists
 from lastrerank.training.run import train
@@ -79,8 +79,7 @@ def bundled_tokenizer(documents: Sequence[str], pairs: Sequence[dict[str, Any]],
     for group in queries.values():
         rng.shuffle(group)
         texts += group[:3000]
-    prompt = TRANSFORMERS
-    texts += [prompt.opening, prompt.passage, prompt.instruction, prompt.closing] * 500
+    texts += [PROMPT.opening, PROMPT.passage, PROMPT.instruction, PROMPT.closing] * 500
     return train_tokenizer(texts, VOCABULARY)
 
 

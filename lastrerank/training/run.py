@@ -156,7 +156,7 @@ class _DevSet:
 
     def ndcg(self, checkpoint: Path, device: str) -> float:
         reranker = Reranker.from_pretrained(checkpoint, device=device)
-        cap = min(256, reranker.config.max_doc_length)
+        cap = min(256, reranker.encoder.max_doc_length)
         results = reranker.rerank_many(
             [{"query": self.dataset.queries[q], "documents": [self.dataset.documents[d] for d in names],
               "max_doc_length": cap} for q, names in self.candidates.items()], progress=False,

@@ -36,8 +36,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from lastrerank.families.listwise import PROMPT
+from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, ListEncoder
 from lastrerank.packing import pack
-from lastrerank.prompt import EMBED_TOKEN, RERANK_TOKEN
 from lastrerank.random_checkpoint import CONTROL_TOKENS, write_random_checkpoint
 from lastrerank.reranker import Reranker
 from lastrerank.training.data import TrainingData
@@ -355,11 +356,12 @@ def _fitted_projection(
 def _readouts(folder: Path, data: TrainingData, first: int, count: int) -> tuple[torch.Tensor, ...]:
     """Residuals at documents' and queries' rows of lists `first ...`, and the teacher's embeddings of the same."""
     reranker = Reranker.from_pretrained(folder, device="cpu", backend="reference")
+    encoder = ListEncoder(reranker.checkpoint.tokenizer, PROMPT)
     found: list[list[torch.Tensor]] = [[], [], [], []]
     for number in range(first, first + count):
         example = data.draw(11, number, hard=4, easy=4)
-        query = reranker.encoder.cut([example.query], 32)[0]
-        block = reranker.encoder.encode_block(query, reranker.encoder.cut(example.documents, 96))
+        query = encoder.cut([example.query], 32)[0]
+        block = encoder.encode_block(query, encoder.cut(example.documents, 96))
         with torch.inference_mode():
             rows = reranker.model.hidden_states(pack([block], torch.device("cpu")))
         targets = (example.document_vectors, np.asarray(example.query_vector)[None])

@@ -17,11 +17,13 @@ import torch
 
 from lastrerank import saving
 from lastrerank.checkpoint import Checkpoint, read_json
+from lastrerank.families.listwise import GGUF_PROMPT
 from lastrerank.kept import digest, partial_name
+from lastrerank.lists import ListEncoder, ListPrompt
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import pack
-from lastrerank.prompt import GGUF, TEMPLATES, PromptEncoder
+from lastrerank.readouts import Projector
 from lastrerank.training.data import TrainingData, TrainingList
 from lastrerank.training.losses import cosine, disperse_loss, distill_loss, embedding_loss, rank_loss, similar_loss
 
@@ -104,6 +106,9 @@ class Trainer:
         device: str = "cpu",
         identity: Mapping[str, Any] | None = None,
     ) -> None:
+        prompt = checkpoint.family.prompt
+        if not isinstance(prompt, ListPrompt):
+            raise ValueError(f"{checkpoint.name} is of the family {checkpoint.family.name!r}: only listwise ones train")
         self.identity = dict(identity or {})
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
@@ -114,9 +119,8 @@ class Trainer:
         trained |= self.low_rank
         for parameter in trained.values():
             parameter.requires_grad_()
-        template = TEMPLATES[checkpoint.config.template]
-        self.encoder = PromptEncoder(checkpoint.tokenizer, template)
-        self.dual_encoder = PromptEncoder(checkpoint.tokenizer, GGUF)
+        self.encoder = ListEncoder(checkpoint.tokenizer, prompt)
+        self.dual_encoder = ListEncoder(checkpoint.tokenizer, GGUF_PROMPT)
         self.operations = ReferenceOperations()
         self._trained = list(trained.values())
         embedding = [p for n, p in trained.items() if "embed_tokens" in n]
@@ -203,7 +207,9 @@ class Trainer:
             hidden = model.hidden_states(batch)
         w = model.weights
         normed = self.operations.rms_norm(hidden.float(), w.norm, self.checkpoint.config.rms_norm_eps)
-        vectors = torch.relu(normed @ w.w1.t()) @ w.w2.t()
+        projector = w.readout
+        assert isinstance(projector, Projector)
+        vectors = torch.relu(normed @ projector.w1.t()) @ projector.w2.t()
         early, docs, query_vector = vectors[: int(dual)], vectors[int(dual) : -1], vectors[-1:]
 
         originals, positive = docs, example.positive
@@ -281,7 +287,7 @@ class Trainer:
         final, q_size = qkv(attn), config.num_heads * config.head_dim
         return ModelWeights(
             p["model.embed_tokens.weight"], tuple(layers), LastLayerProjections(final[:q_size], final[q_size:]),
-            p["model.norm.weight"], p["projector.0.weight"], p["projector.2.weight"],
+            p["model.norm.weight"], Projector(p["projector.0.weight"], p["projector.2.weight"]),
         )  # fmt: skip
 
     def save_checkpoint(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
