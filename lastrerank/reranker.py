@@ -246,13 +246,13 @@ class Reranker:
     ) -> list[dict[str, Any]]:
         """As sentence-transformers' `CrossEncoder.rank`: `[{corpus_id, score, text?}]`, best first.
 
-        batch_size has no effect: passes are packed by tokens. Of its other options those are refused that would change
-        a score.
+        batch_size has no effect: passes are packed by tokens. activation_fn may be an Identity, for raw scores. Of its
+        other options those are refused that would change a score.
         """
-        _check_cross_encoder_options(options)
+        score = _score_wanted(options)
         results = self.rerank(query, documents, top_n=top_k, progress=show_progress_bar)
         return [
-            {"corpus_id": result["index"], "score": result["relevance_score"]}
+            {"corpus_id": result["index"], "score": score(result)}
             | ({"text": _text(result["document"])} if return_documents else {})
             for result in results
         ]
@@ -270,11 +270,12 @@ class Reranker:
         """As `CrossEncoder.predict`: fp32 score of each (query, document) pair, in the caller's order: an array, with
         convert_to_tensor a tensor, with neither a list of tensors, for a single pair one number.
 
-        Pairs of one query are scored as one list, in their order: a listwise score depends on its company.
-        batch_size has no effect: passes are packed by tokens. Of its other options those are refused that would change
-        a score.
+        Pairs of one query are scored as one list, in their order: a listwise score depends on its company, and what
+        judges one document at a time shares its prompt.
+        batch_size has no effect: passes are packed by tokens. activation_fn may be an Identity, for raw scores. Of its
+        other options those are refused that would change a score.
         """
-        _check_cross_encoder_options(options)
+        score = _score_wanted(options)
         if hasattr(pairs, "tolist"):
             pairs = pairs.tolist()
         if isinstance(pairs, str) or not isinstance(pairs, Sequence):
@@ -294,7 +295,7 @@ class Reranker:
             groups.values(), self.rerank_many(requests, progress=show_progress_bar), strict=True
         ):
             for result in results:
-                scores[members[result["index"]]] = result["relevance_score"]
+                scores[members[result["index"]]] = score(result)
         if convert_to_tensor or not convert_to_numpy:
             tensor = torch.from_numpy(scores)
             return tensor[0] if single else tensor if convert_to_tensor else list(tensor)
@@ -516,13 +517,18 @@ _HARMLESS_OPTIONS = ("num_workers", "convert_to_numpy", "convert_to_tensor", "ch
 _REFUSED_OPTIONS = ("prompt_name", "prompt", "activation_fn", "activation_fct", "apply_softmax", "device", "pool")
 
 
-def _check_cross_encoder_options(options: Mapping[str, Any]) -> None:
+def _score_wanted(options: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], float]:
+    """Of a result, the score that the options of a CrossEncoder ask for: published, or raw without an activation."""
     for name, value in options.items():
         if name not in _HARMLESS_OPTIONS + _REFUSED_OPTIONS:
             raise TypeError(f"{name} is {value!r:.80}: no option of CrossEncoder that is known here")
         unset = value is None or value is False or type(value).__name__ == "Identity"
         if name in _REFUSED_OPTIONS and not unset:
             raise ValueError(f"{name} is {value!r:.80}, which would change the scores: not supported")
+    activations = (options.get("activation_fn"), options.get("activation_fct"))
+    if any(type(value).__name__ == "Identity" for value in activations):
+        return lambda result: result.get("raw_score", result["relevance_score"])
+    return lambda result: result["relevance_score"]
 
 
 def resolve_device(name: str) -> torch.device:
