@@ -65,7 +65,7 @@ def end_to_end(tiny: bool, device: torch.device, folder: Path) -> list[dict[str,
         graphed.warmup()
     plain = TransformersReranker(folder, getattr(torch, dtype), "sdpa", str(device))
     rows = []
-    for shape in [(1, 2, 5)] if tiny else [(1, 10, 100), (1, 10, 256), (1, 100, 145), (1, 100, 512)]:
+    for shape in [(1, 2, 5, 7)] if tiny else [(1, 10, 100, 7), (1, 10, 256, 7), (1, 100, 145, 7), (1, 100, 512, 7)]:
         query, documents = make_requests(*shape, eager)[0]
         name = f"{shape[1]}x{shape[2]}"
         variants: dict[str, Callable[[], Any]] = {
@@ -95,7 +95,7 @@ def memory(tiny: bool, device: torch.device, folder: Path) -> list[dict[str, Any
     from bench.end_to_end import make_requests
 
     reranker = ours(folder, device, "float32" if tiny else "bfloat16")
-    query, documents = make_requests(*((1, 2, 5) if tiny else (1, 63, 2048)), reranker)[0]
+    query, documents = make_requests(*((1, 2, 5, 7) if tiny else (1, 63, 2048, 7)), reranker)[0]
     scores(reranker, query, documents[:1])
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -91,7 +91,9 @@ class TransformersPairs:
         device: torch device string.
     """
 
-    def __init__(self, folder: str | Path, family: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: str | Path, family: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         self.prompt, words, self.published = FAMILIES[family]

@@ -6,7 +6,9 @@ callers check scores before they time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,9 @@ class UnavailableError(Exception):
     """This provider can't run here; the message says what is missing."""
 
 
-def ours(backend: str, dtype: str) -> Callable[[Path], Scorer]:
+def ours(backend: str, dtype: str, share: bool = True) -> Callable[[Path], Scorer]:
+    """share: whether prompts of one request compute once what they have in common."""
+
     def make(folder: Path) -> Scorer:
         from lastrerank import Reranker, RerankRequest
 
@@ -32,7 +36,9 @@ def ours(backend: str, dtype: str) -> Callable[[Path], Scorer]:
 
         def score(requests: list[Request]) -> list[np.ndarray]:
             encoded = [reranker.encode(RerankRequest(query, documents)) for query, documents in requests]
-            return [scored.scores for scored in reranker.score_encoded(encoded)]
+            if not share:
+                encoded = [replace(e, blocks=tuple(replace(b, prefix=None) for b in e.blocks)) for e in encoded]
+            return [found.scores if found.raw is None else found.raw for found in reranker.score_encoded(encoded)]
 
         return score
 
@@ -42,8 +48,13 @@ def ours(backend: str, dtype: str) -> Callable[[Path], Scorer]:
 def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]:
     def make(folder: Path) -> Scorer:
         from bench.baseline import TransformersReranker
+        from bench.pairs import FAMILIES, TransformersPairs
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        family = (json.loads((folder / "config.json").read_text()).get("lastrerank") or {}).get("family")
+        if family in FAMILIES:
+            pairs = TransformersPairs(folder, family, dtype, device)
+            return lambda requests: [pairs.scores(query, documents) for query, documents in requests]
         try:
             reranker = TransformersReranker(folder, dtype, attention, device)
         except ImportError as error:
@@ -87,5 +98,6 @@ PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "llama.cpp-q8_0": peer("LlamaCpp"),
     "lastrerank-reference-float32": ours("reference", "float32"),
     "lastrerank-native-float32": ours("native", "float32"),
+    "lastrerank-native-unshared-float32": ours("native", "float32", share=False),
     "lastrerank-native-int8": ours("native", "int8"),
 }

@@ -105,7 +105,7 @@ def write_random_checkpoint(
         shape = SHAPES[shape]
     fields = {**shape, **(overrides or {})}
     family = FAMILIES[fields.pop("family", "listwise")]
-    tokenizer = tokenizer or qwen3_tokenizer() or small_tokenizer(_with_words(family))
+    tokenizer = tokenizer or qwen3_tokenizer() or small_tokenizer(texts_for(family))
     projector = fields.pop("projector", None)
     listwise = isinstance(family.readout, Cosine)
     raw: dict[str, Any] = {
@@ -170,8 +170,9 @@ def write_random_checkpoint(
     return Path(folder)
 
 
-def _with_words(family: Family) -> list[str] | None:
-    """Texts of which a tokenizer learns the words that the family reads as one token."""
+def texts_for(family: Family) -> list[str] | None:
+    """Texts from which `small_tokenizer` learns the words that the family reads as one token; None if there are
+    none."""
     if isinstance(family.readout, Cosine):
         return None
     words = [word for word in (family.readout.true, family.readout.false) if word is not None]

@@ -119,8 +119,15 @@ void attention(const Kernels& k, std::mt19937& rng, int threads) {
                  positions.data(), 1e-6f);
   std::vector<float> copy(qkv.data, qkv.data + length * ld);
   const float *q = copy.data(), *keys = q + heads * dim, *values = keys + kv_heads * dim;
-  k.attention(threads, qkv.data, ld, length, nullptr, qkv.data + heads * dim, ld, qkv.data + (heads + kv_heads) * dim,
-              ld, length, heads, kv_heads, dim, window, 0.3f, qkv.data, ld);
+  // As one sequence, or as one of `shared` rows and another that continues it.
+  const long shared = rng() % 2 ? 0 : rng() % length;
+  float *first_k = qkv.data + heads * dim, *first_v = first_k + kv_heads * dim;
+  if (shared > 0)
+    k.attention(threads, qkv.data, ld, shared, nullptr, first_k, ld, first_v, ld, shared, nullptr, nullptr, 0, heads,
+                kv_heads, dim, window, 0.3f, qkv.data, ld);
+  const long at = shared * ld, own = length - shared;
+  k.attention(threads, qkv.data + at, ld, own, nullptr, first_k + at, ld, first_v + at, ld, own, first_k, first_v,
+              shared, heads, kv_heads, dim, window, 0.3f, qkv.data + at, ld);
   bool right = true;
   for (long i = 0; i < length; i += 7)
     for (long h = 0; h < heads; ++h) {

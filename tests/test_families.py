@@ -106,7 +106,8 @@ def test_documents_beyond_the_cap(make, documents):
 
 
 def _cut(ids, tokenizer, limit):
-    suffix = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", add_special_tokens=False).ids
+    text = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    suffix = tokenizer.encode(text, add_special_tokens=False).ids
     return ids if len(ids) <= limit else ids[: limit - len(suffix)] + suffix
 
 
@@ -329,9 +330,9 @@ def test_a_family_is_named_or_in_the_files(bare):
         assert found.token_ids == ids
     with pytest.raises(ValueError, match=r"true_token_id and false_token_id are \(5, 6\), those of no family"):
         Reranker.from_pretrained(bare("e", logits={"true_token_id": 5, "false_token_id": 6}))
-    with pytest.raises(ValueError, match="its family is contradictory .*'mxbai-rerank-v2', its name 'zerank'"):
+    with pytest.raises(ValueError, match=r"its family is contradictory .*'mxbai-rerank-v2', its name 'zerank'"):
         Reranker.from_pretrained(bare("zerank-2", logits={"true_token_id": 16, "false_token_id": 15}))
-    with pytest.raises(ValueError, match="lastrerank.family is 'x', expected one of"):
+    with pytest.raises(ValueError, match=r"lastrerank\.family is 'x', expected one of"):
         Reranker.from_pretrained(bare("g", config={"lastrerank": {"family": "x"}}))
 
 

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lastrerank import Reranker, ops
+from lastrerank.ops import Prefixes
 
 try:
     from lastrerank.ops.native import NativeOperations, instruction_sets
@@ -321,6 +322,10 @@ SHAPES = {
     "attention, fewer queries": lambda n: attend(n, q=torch.randn(9, 4, 8)),
     "attention, other values": lambda n: attend(n, v=torch.randn(9, 2, 8)),
     "attention, other out": lambda n: attend(n, out=torch.empty(2, 4, 8)),
+    "attention, prefix beyond": lambda n: attend(n, prefixes=Prefixes(torch.tensor([[5, 6]]).int(), ((5, 6),))),
+    "attention, prefix before": lambda n: attend(n, prefixes=Prefixes(torch.tensor([[-1, 2]]).int(), ((-1, 2),))),
+    "attention, prefixes of others": lambda n: attend(n, prefixes=Prefixes(torch.zeros(2, 2).int(), ((0, 0),) * 2)),
+    "logit, other width": lambda n: n.logit(torch.randn(3, 8), torch.randn(8), torch.randn(9), 1e-6),
     "attention, no window": lambda n: attend(n, window=0),
     "attention, row beyond": lambda n: attend(n, q=torch.randn(2, 4, 8), rows=torch.tensor([1, 10])),
     "attention, rows backwards": lambda n: attend(n, q=torch.randn(2, 4, 8), rows=torch.tensor([3, 1])),
@@ -336,9 +341,11 @@ def rope(native, positions=None, sin=None, q_weight=None, num_heads=2, num_kv_he
     )  # fmt: skip
 
 
-def attend(native, q=None, k=None, v=None, cu_seqlens=(0, 10), seqlens=(10,), window=None, rows=None, out=None):
+def attend(
+    native, q=None, k=None, v=None, cu_seqlens=(0, 10), seqlens=(10,), window=None, rows=None, out=None, prefixes=None
+):
     q, k, v = (torch.randn(10, heads, 8) if x is None else x for x, heads in ((q, 4), (k, 2), (v, 2)))
-    native.attention(q, k, v, torch.tensor(cu_seqlens, dtype=torch.int32), seqlens, window, 1.0, rows, out)
+    native.attention(q, k, v, torch.tensor(cu_seqlens, dtype=torch.int32), seqlens, window, 1.0, rows, out, prefixes)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -7,6 +7,7 @@ import zlib
 import pytest
 import torch
 import truth
+from packs import CONTINUED, prefixes_of
 
 from lastrerank import ops
 
@@ -158,6 +159,53 @@ def test_attention_of_read_rows(backend, seqlens, window):
     plain = truth.attention(q, k, v, seqlens, window, 128**-0.5, rows)
     result = backend[0].attention(q, k, v, cu, tuple(seqlens), window, 128**-0.5, rows=rows)
     truth.assert_error_rule(result, expected, plain)
+
+
+@pytest.mark.parametrize(("seqlens", "continued"), CONTINUED, ids=str)
+@pytest.mark.parametrize("window", [None, 1, 63, 100])
+@pytest.mark.parametrize("read", [False, True])
+def test_attention_of_sequences_that_continue_others(backend, seqlens, continued, window, read):
+    (q, k, v), cu = packed_qkv(backend, seqlens, 4, 2, 64)
+    prefixes = prefixes_of(seqlens, continued, q.device)
+    rows = torch.cat([cu[1:].long() - 1, cu[2:3].long()]).unique() if read else None
+    q = q if rows is None else q[rows]
+    arguments = (tuple(seqlens), window, 0.125)
+    expected = truth.attention(*truth.upcast(q, k, v), *arguments, rows, prefixes.host)
+    plain = truth.attention(q, k, v, *arguments, rows, prefixes.host)
+    result = backend[0].attention(q, k, v, cu, *arguments, rows=rows, prefixes=prefixes)
+    truth.assert_error_rule(result, expected, plain)
+    if not read:
+        in_place = backend[0].attention(q, k, v, cu, *arguments, out=q, prefixes=prefixes)
+        assert in_place.data_ptr() == q.data_ptr() and torch.equal(in_place, result)
+
+
+def test_what_is_continued_is_all_that_is_seen(backend):
+    """Bitwise the same whatever stands before, between and behind."""
+    (q, k, v), cu = packed_qkv(backend, [5, 40, 7, 60, 3], 4, 2, 64)
+    prefixes = prefixes_of([5, 40, 7, 60, 3], [None, None, None, 1, None], q.device)
+    arguments = (cu, (5, 40, 7, 60, 3), None, 0.125)
+    expected = backend[0].attention(q, k, v, *arguments, prefixes=prefixes)[52:112].clone()
+    for rows in (slice(0, 5), slice(45, 52), slice(112, 115)):
+        k[rows], v[rows], q[rows] = float("nan"), float("nan"), float("nan")
+    assert torch.equal(backend[0].attention(q, k, v, *arguments, prefixes=prefixes)[52:112], expected)
+    k[10] = float("nan")
+    assert backend[0].attention(q, k, v, *arguments, prefixes=prefixes)[52:112].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("width", [64, 896, 1000, 2560])
+def test_logit(backend, rows, width):
+    _, device, _ = backend
+    hidden, weight = randn(backend, rows, width, scale=3), randn(backend, width, scale=0.1, offset=1)
+    vector = torch.randn(width, device=device) * width**-0.5
+    result = backend[0].logit(hidden, weight, vector, 1e-6)
+    assert result.dtype == torch.float32 and result.shape == (rows,)
+    if rows:
+        expected = truth.logit(*truth.upcast(hidden, weight, vector), 1e-6)
+        plain = truth.logit(hidden.float(), weight.float(), vector, 1e-6)
+        truth.assert_error_rule(result, expected, plain, scale=truth.logit_terms(hidden, weight, vector))
+        hidden[rows // 2, 3] = float("nan")
+        assert backend[0].logit(hidden, weight, vector, 1e-6).isnan().tolist() == [r == rows // 2 for r in range(rows)]
 
 
 def test_attention_does_not_see_neighbours(backend):

@@ -172,7 +172,7 @@ def test_cuts_at_every_length(qwen, monkeypatch, documents, name):
             assert block.ids.tolist() == pairs.FAMILIES[name][0](qwen, query, document)
             assert block.ids[-5:].tolist() == suffix
         whole = [len(pairs._ids(qwen, " " + document)) for document in texts]
-        assert [n < w for n, w in zip(found.doc_tokens, whole, strict=True)] == [c for c in found.cut]
+        assert [n < w for n, w in zip(found.doc_tokens, whole, strict=True)] == list(found.cut)
     assert found.query_cut and not encoded(encoders[name], "short", texts).query_cut
 
 

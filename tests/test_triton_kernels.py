@@ -13,6 +13,7 @@ import zlib
 import pytest
 import torch
 import truth
+from packs import CONTINUED, prefixes_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -242,6 +243,47 @@ else:
         result = operations.attention(q, k, v, cu, tuple(seqlens), window, 128**-0.5, rows=rows)
         truth.assert_error_rule(result, expected, plain)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("seqlens", "continued"), CONTINUED, ids=str)
+    @pytest.mark.parametrize("window", [None, 63])
+    @pytest.mark.parametrize("read", [False, True])
+    def test_attention_of_sequences_that_continue_others(dtype, seqlens, continued, window, read):
+        (q, k, v), cu = packed(dtype, seqlens, 4, 2, 64)
+        prefixes = prefixes_of(seqlens, continued, q.device)
+        rows = torch.cat([cu[1:].long() - 1, cu[2:3].long()]).unique() if read else None
+        q = q if rows is None else q[rows]
+        arguments = (tuple(seqlens), window, 0.125)
+        expected = truth.attention(*truth.upcast(q, k, v), *arguments, rows, prefixes.host)
+        plain = truth.attention(q, k, v, *arguments, rows, prefixes.host)
+        result = operations.attention(q, k, v, cu, *arguments, rows=rows, prefixes=prefixes)
+        truth.assert_error_rule(result, expected, plain)
+        if not read:
+            assert torch.equal(operations.attention(q, k, v, cu, *arguments, out=q, prefixes=prefixes), result)
+
+    def test_what_is_continued_is_all_that_is_seen():
+        (q, k, v), cu = packed(torch.float16, [5, 40, 7, 60, 3], 4, 2, 64)
+        prefixes = prefixes_of([5, 40, 7, 60, 3], [None, None, None, 1, None], q.device)
+        arguments = (cu, (5, 40, 7, 60, 3), None, 0.125)
+        expected = operations.attention(q, k, v, *arguments, prefixes=prefixes)[52:112].clone()
+        for rows in (slice(0, 5), slice(45, 52), slice(112, 115)):
+            k[rows], v[rows], q[rows] = float("nan"), float("nan"), float("nan")
+        assert torch.equal(operations.attention(q, k, v, *arguments, prefixes=prefixes)[52:112], expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("width", [64, 896, 1000, 2560])
+    def test_logit(dtype, width):
+        hidden, weight = randn(dtype, 5, width + 8, scale=3)[:, 8:], randn(dtype, width, scale=0.1, offset=1)
+        vector = torch.randn(width, device=DEVICE) * width**-0.5
+        expected = truth.logit(*truth.upcast(hidden, weight, vector), 1e-6)
+        plain = truth.logit(hidden.float(), weight.float(), vector, 1e-6)
+        result = operations.logit(hidden, weight, vector, 1e-6)
+        truth.assert_error_rule(result, expected, plain, scale=truth.logit_terms(hidden, weight, vector))
+        hidden[2, 3] = float("inf")
+        assert operations.logit(hidden, weight, vector, 1e-6).isfinite().tolist() == [True, True, False, True, True]
+        assert operations.logit(hidden[:0], weight, vector, 1e-6).shape == (0,)
+        with pytest.raises(ValueError, match=r"expected \[R, D\], \[D\] and \[D\]"):
+            operations.logit(hidden, weight[1:], vector, 1e-6)
+
     def test_attention_does_not_see_neighbours():
         (q, k, v), _ = packed(torch.float16, [70, 130, 5], 4, 2, 64)
         cu = torch.tensor([0, 130], device=DEVICE).int()
@@ -309,11 +351,13 @@ else:
 
     def model_of(tmp_path, shape, dtype=torch.float32):
         from lastrerank import Reranker
+        from lastrerank.families import FAMILIES
         from lastrerank.model import Model
-        from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
+        from lastrerank.random_checkpoint import SHAPES, small_tokenizer, texts_for, write_random_checkpoint
 
         overrides = {"num_hidden_layers": 2} | ({"sliding_window": 100} if "3.5" in shape else {})
-        write_random_checkpoint(tmp_path, shape, tokenizer=small_tokenizer(), overrides=overrides)
+        texts = texts_for(FAMILIES[SHAPES[shape].get("family", "listwise")])
+        write_random_checkpoint(tmp_path, shape, tokenizer=small_tokenizer(texts), overrides=overrides)
         reranker = Reranker.from_pretrained(tmp_path, device=DEVICE, dtype="float32", backend="reference")
         return reranker, Model(reranker.config, reranker.model.weights, operations)
 
@@ -345,6 +389,15 @@ else:
         )
         assert max(abs(a[i] - b[i]) for i in a) <= 2e-5
 
+    @pytest.mark.parametrize("shape", ["tiny-qwen3", "tiny-qwen2"])
+    def test_whole_pointwise_model(shape, tmp_path):
+        """The same of a model that reads logits, prompts sharing their beginning."""
+        reference, fast = (model_of(tmp_path, shape)[0] for _ in range(2))
+        fast.model = model_of(tmp_path, shape)[1]
+        arguments = ("a query", ["a document", "another one of some length " * 4, "short", "x y z"])
+        a, b = ({r["index"]: r["raw_score"] for r in x.rerank(*arguments)} for x in (reference, fast))
+        assert max(abs(a[i] - b[i]) for i in a) <= 1e-4
+
     def test_a_static_bucket(tmp_path):
         """What a CUDA graph replays: lengths known to the device alone, sequences and read rows to spare."""
         from lastrerank.graphs import empty_bucket, fill
@@ -372,9 +425,12 @@ else:
                   (qkv, weight, None, table, table, positions.to(DEVICE), 2, 1, 1e-6))
             q, k, v = (part.unflatten(1, (-1, 64)).contiguous() for part in qkv.split([128, 64, 64], 1))
             cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
-            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None))
-            check(registered.attention.default, (q[:2], k, v, cu, 3, 2, 0.125, torch.tensor([1, 3]).to(DEVICE)))
-            check(registered.attention_.default, (q, k, v, cu, 3, 2, 0.125))
+            continued = torch.tensor([[0, 0], [0, 2]], dtype=torch.int32, device=DEVICE)
+            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, None))
+            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, continued))
+            check(registered.attention.default, (q[:2], k, v, cu, 3, 2, 0.125, torch.tensor([1, 3]).to(DEVICE), None))
+            check(registered.attention_.default, (q, k, v, cu, 3, 2, 0.125, continued))
+            check(registered.logit.default, (x, weight, torch.randn(64).to(DEVICE), 1e-6))
             maps = [torch.tensor(m, device=DEVICE) for m in ([0, 1, 3], [2, 4], [0, 0, 1], [0, 0])]
             projector = (weight, torch.randn(32, 64).to(DEVICE), torch.randn(16, 32).to(DEVICE))
             check(registered.score.default, (x, *maps, *projector, 1e-6))
@@ -404,6 +460,12 @@ else:
         seen = sum(min(position + 1, window or position + 1) for position in (2, 0, 8))
         with FlopCounterMode(display=False) as counter:
             operations.attention(q[rows], k, v, cu, (5, 1, 9), window, 0.125, rows=rows)
+        assert counter.get_total_flops() == 4 * 4 * 64 * seen
+        prefixes = prefixes_of([5, 1, 9], [None, None, 0], q.device)
+        seen = visible - sum(min(i + 1, window or i + 1) for i in range(9))
+        seen += sum(min(i + 1, window or i + 1) for i in range(5, 14))
+        with FlopCounterMode(display=False) as counter:
+            operations.attention(q, k, v, cu, (5, 1, 9), window, 0.125, out=q, prefixes=prefixes)
         assert counter.get_total_flops() == 4 * 4 * 64 * seen
 
     def test_bad_shapes_are_named():

@@ -27,7 +27,8 @@ def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, positions, num_heads, num_kv
     return torch.cat(parts, 1).reshape(qkv.shape)
 
 
-def attention(q, k, v, seqlens, window, scale, rows=None):
+def attention(q, k, v, seqlens, window, scale, rows=None, prefixes=None):
+    """prefixes: of each sequence the first row and the number of rows that it continues."""
     group, total = q.shape[1] // k.shape[1], sum(seqlens)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     index = torch.arange(total, device=q.device)
@@ -36,8 +37,15 @@ def attention(q, k, v, seqlens, window, scale, rows=None):
     )
     query = index if rows is None else rows
     visible = (sequence[query][:, None] == sequence[None]) & (index[None] <= query[:, None])
+    distance = query[:, None] - index[None]
+    if prefixes is not None:
+        first, shared = torch.tensor(prefixes, device=q.device)[sequence[query]].T[:, :, None]
+        before = (index[None] >= first) & (index[None] < first + shared)
+        starts = torch.tensor([0, *seqlens], device=q.device).cumsum(0)[sequence[query]][:, None]
+        distance = torch.where(before, shared + query[:, None] - starts - (index[None] - first), distance)
+        visible |= before
     if window is not None:
-        visible &= query[:, None] - index[None] < window
+        visible &= distance < window
     logits = torch.einsum("qhd,khd->hqk", q, k) * scale
     probabilities = torch.softmax(logits.masked_fill(~visible, float("-inf")), -1)
     return torch.einsum("hqk,khd->qhd", probabilities, v)
@@ -62,6 +70,15 @@ def score(hidden, doc_rows, query_rows, doc_sequence, sequence_request, norm_wei
         for s in sequences:
             scores[doc_sequence == s] = cos(docs[doc_sequence == s], fused[None])
     return docs, queries, scores
+
+
+def logit(hidden, norm_weight, vector, eps):
+    return (rms_norm(hidden, norm_weight, eps) * vector).sum(-1)
+
+
+def logit_terms(hidden, norm_weight, vector):
+    """Largest root of the sum of squared terms of a logit: what its rounding is relative to."""
+    return float(((rms_norm(hidden.double(), norm_weight.double(), 1e-6) * vector.double()) ** 2).sum(-1).sqrt().max())
 
 
 def projection_terms(hidden, norm_weight, w1, w2, eps):

@@ -24,6 +24,7 @@ from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.ops.shapes import (
     check_attention,
     check_linear,
+    check_logit,
     check_qk_norm_rope,
     check_rms_norm,
     check_swiglu,
@@ -195,6 +196,12 @@ class NativeOperations(ReferenceOperations):
                 scale, _pointer(out[first:]), out.stride(0),
             ))  # fmt: skip
         return out
+
+    def logit(
+        self, hidden: torch.Tensor, norm_weight: torch.Tensor, vector: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        check_logit(hidden, norm_weight, vector)
+        return super().logit(hidden, norm_weight, vector, eps)
 
     def __reduce__(self) -> Any:
         """Another process finds its own library and instruction set."""
