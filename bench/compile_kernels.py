@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
-from lastrerank.kernels import attention, qk_norm_rope, rms_norm, score, swiglu
+from lastrerank.kernels import attention, logit, qk_norm_rope, rms_norm, score, swiglu
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -108,18 +108,24 @@ def launches() -> dict[str, Callable[[], Any]]:
     def gate() -> None:
         swiglu.swiglu(torch.zeros(rows, 6144, dtype=bf16))
 
-    def attend(dtype: torch.dtype, dim: int, window: int | None, read: bool) -> Callable[[], Any]:
+    def attend(
+        dtype: torch.dtype, dim: int, window: int | None, read: bool, continued: bool = False
+    ) -> Callable[[], Any]:
         q, k, v = torch.zeros(rows, 32 * dim, dtype=dtype).split([16 * dim, 8 * dim, 8 * dim], 1)
         q, k, v = (x.unflatten(1, (-1, dim)) for x in (q, k, v))
         cu = torch.tensor([0, 100, rows], dtype=torch.int32)
         where = torch.tensor([99, rows - 1]) if read else None
         q = q[where].contiguous() if where is not None else q
-        return lambda: attention.attention(q, k, v, cu, rows - 100, window, dim**-0.5, rows=where)
+        prefixes = torch.tensor([[0, 0], [0, 100]], dtype=torch.int32) if continued else None
+        return lambda: attention.attention(q, k, v, cu, rows - 100, window, dim**-0.5, rows=where, prefixes=prefixes)
 
     def readout() -> None:
         maps = (torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([0, 0]), torch.tensor([0]))
         weights = (torch.ones(1024, dtype=bf16), torch.zeros(512, 1024, dtype=bf16), torch.zeros(512, 512, dtype=bf16))
         score.score(torch.zeros(16, 1024, dtype=bf16), *maps, *weights, 1e-6)
+
+    def head() -> None:
+        logit.logit(torch.zeros(16, 1024, dtype=bf16), torch.ones(1024, dtype=bf16), torch.zeros(1024), 1e-6)
 
     return {
         "rms_norm": norm(bf16), "rms_norm float32": norm(torch.float32), "add_rms_norm": add_norm,
@@ -131,7 +137,13 @@ def launches() -> dict[str, Callable[[], Any]]:
         "attention d=64": attend(bf16, 64, None, False),
         "attention d=64 window": attend(bf16, 64, 1024, False),
         "attention float32": attend(torch.float32, 128, None, False),
-        "attention float32 window": attend(torch.float32, 128, 1024, False), "score": readout,
+        "attention float32 window": attend(torch.float32, 128, 1024, False),
+        "attention continued": attend(bf16, 128, None, False, True),
+        "attention continued window": attend(bf16, 128, 1024, False, True),
+        "attention continued rows": attend(bf16, 128, None, True, True),
+        "attention continued d=64": attend(bf16, 64, None, False, True),
+        "attention continued float32": attend(torch.float32, 128, None, False, True),
+        "score": readout, "logit": head,
         "quantized rows": quantized(False), "quantized add_rms_norm": quantized(True),
         "quantized swiglu": quantized_gate,
     }  # fmt: skip

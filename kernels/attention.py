@@ -22,6 +22,8 @@ import triton.language as tl
 _HEAD_DIMS = (64, 128)
 _FP32_TILE = (32, 32, 8, 1)
 _TILES = {"sm_90": (128, 64, 8, 3), "sm_100": (128, 64, 8, 2), "hip": (128, 64, 8, 2), "other": (128, 32, 8, 3)}
+# Where the kernel of sequences that continue others needs another one.
+_CONTINUED_TILES = {"sm_100": (128, 64, 8, 3)}
 
 
 @triton.jit
@@ -95,16 +97,11 @@ def _attention_kernel(
             first = 0
             if HAS_WINDOW:
                 first = tl.minimum(tl.maximum(0, before + lowest - window + 1) // BLOCK_N * BLOCK_N, before)
-            whole = first if HAS_WINDOW else before // BLOCK_N * BLOCK_N  # a window masks all of it
-            k_before = k_ptr + before_start * k_row_stride
-            v_before = v_ptr + before_start * v_row_stride
+            # One masked loop: another for whole tiles would spill on sm_80.
             acc, top, total = _tiles(
-                acc, top, total, q, k_before, v_before, k_row_stride, v_row_stride, positions, first, whole, before,
-                scale_log2, window, HEAD_DIM, BLOCK_N, False, HAS_WINDOW,
-            )  # fmt: skip
-            acc, top, total = _tiles(
-                acc, top, total, q, k_before, v_before, k_row_stride, v_row_stride, positions + before, whole, before,
-                before, scale_log2, window, HEAD_DIM, BLOCK_N, True, HAS_WINDOW, True,
+                acc, top, total, q, k_ptr + before_start * k_row_stride, v_ptr + before_start * v_row_stride,
+                k_row_stride, v_row_stride, positions + before, first, before, before, scale_log2, window,
+                HEAD_DIM, BLOCK_N, True, HAS_WINDOW, True,
             )  # fmt: skip
         k_ptr += start * k_row_stride
         v_ptr += start * v_row_stride
@@ -136,7 +133,7 @@ def _attention_kernel(
         tl.store(target, result.to(out_ptr.dtype.element_ty), valid[:, None])
 
 
-def _tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
+def _tile(dtype: torch.dtype, continued: bool) -> tuple[int, int, int, int]:
     """The tile for this process's GPU: by chip and dtype only, so that a result never depends on its company."""
     if dtype == torch.float32:
         return _FP32_TILE
@@ -144,7 +141,8 @@ def _tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
         return _TILES["other"]
     target = triton.runtime.driver.active.get_current_target()
     chip = "hip" if target.backend == "hip" else f"sm_{target.arch}"
-    return _TILES.get(chip, _TILES["other"])
+    own = _TILES.get(chip, _TILES["other"])
+    return _CONTINUED_TILES.get(chip, own) if continued else own
 
 
 def attention(
@@ -180,7 +178,7 @@ def attention(
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    block_m, block_n, warps, stages = _tile(q.dtype)
+    block_m, block_n, warps, stages = _tile(q.dtype, prefixes is not None)
     # The kernel knows no stride of what has one dimension.
     cu_seqlens, rows = cu_seqlens.contiguous(), None if rows is None else rows.contiguous()
     if prefixes is not None and prefixes.shape != (len(cu_seqlens) - 1, 2):

@@ -7,6 +7,7 @@ what is missing, unknown, misshapen, not finite, quantised in an unknown way, or
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -92,6 +93,12 @@ class Checkpoint:
         found = digest(*(part for state in self.files for part in (state.path.name, state.path)))
         self._check_current("since it was loaded")
         return found
+
+    def parameters(self) -> int:
+        """Numbers in the tensors that are stored; of the files' headers."""
+        with _Tensors(self.folder) as tensors:
+            beside = ("_scale", "_outlier", "_outlier_index")
+            return sum(math.prod(tensors.shape(name)) for name in tensors.names() if not name.endswith(beside))
 
     def embedding_checksum(self) -> int:
         """Of the table's bytes, at the speed of memory; read apart from the mapping that `weights` gives, whose pages

@@ -9,6 +9,7 @@ import os
 import ssl
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,11 +19,14 @@ from lastrerank import __version__
 from lastrerank.show import RANDOM_NOTICE, plain, report_lines, results_table, speed_table
 
 app = typer.Typer(
-    help="Rerank documents with last-token listwise rerankers.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Rerank documents with last-token rerankers.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="Folder, bundled name or Hub id. Default: the embedded checkpoint.")
+]
+FamilyOption = Annotated[
+    str, typer.Option(help="What kind of reranker a checkpoint is that doesn't say it: its prompt and readout.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Of a Hub id: branch, tag or commit.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -82,6 +86,7 @@ def rerank(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
+    family: FamilyOption = "auto",
     revision: RevisionOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -92,7 +97,7 @@ def rerank(
         documents, names = read_documents(files or [Path("-")], column)
         options = {"top_n": top_n, "instruction": instruction, "max_doc_length": max_doc_length,
                    "max_query_length": max_query_length, "orders": orders, "block_size": block_size}  # fmt: skip
-        loading = {"device": device, "dtype": dtype, "backend": backend, "revision": revision}
+        loading = {"device": device, "dtype": dtype, "backend": backend, "family": family, "revision": revision}
         _run(query, documents, names, model, options, loading, as_json, explain, threads)
     except _EXPECTED as error:
         _fail(error)
@@ -120,7 +125,14 @@ def demo(
 @app.command(name="eval")
 def evaluate(
     datasets: Annotated[list[Path], typer.Argument(help="BEIR-format folders: corpus, queries, qrels.")],
-    model: ModelOption = "",
+    model: Annotated[
+        list[str] | None, typer.Option(help="Folder, bundled name or Hub id; several times to compare.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="cross-encoder:ID by sentence-transformers, late-interaction:ID by PyLate; several times."),
+    ] = None,
+    published: Annotated[bool, typer.Option(help="Print the papers' figures as well.")] = False,
     split: Annotated[str, typer.Option(help="Which qrels file.")] = "test",
     queries_from: Annotated[Path | None, typer.Option(help="A folder whose queries and qrels are used.")] = None,
     run: Annotated[Path | None, typer.Option(help="TREC run file of the first stage; BM25 without one.")] = None,
@@ -139,25 +151,41 @@ def evaluate(
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
 ) -> None:
-    """Rerank BEIR-format datasets and score the result: nDCG@10, MRR@10, MAP, recall."""
+    """Rerank BEIR-format datasets and score the result: nDCG@10, MRR@10, MAP, recall. Several models are compared."""
     from lastrerank import Reranker
-    from lastrerank.evaluation.report import evaluate as evaluate_all
-    from lastrerank.evaluation.report import table
+    from lastrerank.evaluation import compare, contenders, report
 
+    def own(name: str) -> contenders.Contender:
+        return contenders.Own(Reranker.from_pretrained(name, device=device, dtype=dtype, backend=backend))
+
+    options: dict[str, Any] = {
+        "split": split, "query_folder": queries_from, "run": run, "top_k": top_k, "orders": order or ["descending"],
+        "max_queries": max_queries, "max_doc_length": max_doc_length, "seed": seed,
+    }  # fmt: skip
+    models = model or ([] if peer else [str(default_model())])
     try:
-        loaded = Reranker.from_pretrained(model or default_model(), device=device, dtype=dtype, backend=backend)
-        report = evaluate_all(
-            loaded, datasets, output, split=split, query_folder=queries_from, run=run, top_k=top_k,
-            orders=order or ["descending"], max_queries=max_queries, max_doc_length=max_doc_length, seed=seed,
-        )  # fmt: skip
+        for name in peer or ():
+            contenders.check_peer(name)  # before any work is done
+        named = {name: Path(name).resolve().name if Path(name).is_dir() else name for name in models}
+        loaders = {named[name]: partial(own, name) for name in models}
+        loaders |= {name: partial(contenders.peer, name, device) for name in peer or ()}
+        if len(loaders) < len(models) + len(peer or ()):
+            raise ValueError(f"models are {[*models, *(peer or ())]}, expected different names")
+        if len(loaders) == 1:
+            found = report.evaluate(next(iter(loaders.values()))(), datasets, output, **options)
+        else:
+            found = compare.compare(loaders, datasets, output, **options)
     except _EXPECTED as error:
         _fail(error, "eval")
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(found | ({"published": compare.PUBLISHED} if published else {})))
     else:
         from rich.console import Console
 
-        Console(width=max(120, Console().width)).print(table(report))
+        console = Console(width=max(120, Console().width))
+        console.print(report.table(found) if len(loaders) == 1 else compare.table(found))
+        if published:
+            console.print(compare.published_table())
         print(f"runs, results and the plot are in {output}", file=sys.stderr)
 
 
@@ -223,6 +251,7 @@ def serve(
     ssl_certfile: Annotated[str | None, typer.Option(help="Certificate, for HTTPS.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(help="Its key.")] = None,
     deterministic: Annotated[bool, typer.Option(help="Bitwise the same scores alone and in company.")] = False,
+    family: FamilyOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
@@ -258,8 +287,8 @@ def serve(
 
         _set_threads(threads)
         loaded = Reranker.from_pretrained(
-            model or default_model(), device=device, dtype=dtype, backend=backend, deterministic=deterministic,
-            revision=revision,
+            model or default_model(), device=device, dtype=dtype, backend=backend, family=family,
+            deterministic=deterministic, revision=revision,
         )  # fmt: skip
         loaded.warmup()
         engine = Engine(
@@ -288,6 +317,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="Folder, bundled name or Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; a checkpoint in it is replaced.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "int8",
+    family: FamilyOption = "auto",
     revision: RevisionOption = None,
 ) -> None:
     """Write a checkpoint in another dtype: int8 is quantised, and refused by other programs."""
@@ -295,7 +325,9 @@ def convert(
 
     try:
         backend = "native" if dtype == "int8" else "reference"
-        loaded = Reranker.from_pretrained(model, device="cpu", dtype=dtype, backend=backend, revision=revision)
+        loaded = Reranker.from_pretrained(
+            model, device="cpu", dtype=dtype, backend=backend, family=family, revision=revision
+        )
         loaded.save_pretrained(output)
     except _EXPECTED as error:
         _fail(error)
@@ -392,16 +424,17 @@ def _run(
     results = ranked(request, loaded.score_encoded([encoded], documents=len(documents))[0])
     score_seconds = time.perf_counter() - started
     random = bool((loaded.checkpoint.raw_config.get("lastrerank") or {}).get("random"))
+    blocks = [len(block.doc_rows) for block in encoded.blocks]
     details = {
         "model": loaded.checkpoint.name, "random": random, "backend": loaded.backend, "dtype": loaded.dtype,
-        "device": str(loaded.device), "prompt_tokens": encoded.num_tokens, "query_cut": encoded.query_cut,
-        "blocks": [len(block.doc_rows) for block in encoded.blocks],
+        "device": str(loaded.device), "prompt_tokens": encoded.num_tokens, "rows": encoded.num_rows,
+        "query_cut": encoded.query_cut, "blocks": blocks,
         "load_ms": 1e3 * load_seconds, "tokenise_ms": 1e3 * tokenise_seconds, "score_ms": 1e3 * score_seconds,
     }  # fmt: skip
     if as_json:
         rows = [
             {"index": r["index"], "name": names[r["index"]], "relevance_score": r["relevance_score"],
-             "document": r["document"],
+             **({"raw_score": r["raw_score"]} if "raw_score" in r else {}), "document": r["document"],
              **({"tokens": encoded.doc_tokens[r["index"]], "cut": encoded.cut[r["index"]]} if explain else {})}
             for r in results
         ]  # fmt: skip
@@ -415,7 +448,8 @@ def _run(
     console.print(results_table(query, results, names, encoded, explain))
     if explain:
         console.print(plain(
-            f"{details['prompt_tokens']} prompt tokens in {len(encoded.blocks)} block(s) {details['blocks']}; "
+            f"{details['prompt_tokens']} prompt tokens in {_blocks(blocks)}, {details['rows']} of them "
+            "computed; "
             f"model {details['model']}, {details['dtype']}, backend {details['backend']} on {details['device']}; "
             f"load {details['load_ms']:.0f} ms, tokenise {details['tokenise_ms']:.1f} ms, "
             f"score {details['score_ms']:.1f} ms"),
@@ -423,6 +457,12 @@ def _run(
         )  # fmt: skip
     if random:
         console.print(RANDOM_NOTICE, style="bold yellow")
+
+
+def _blocks(sizes: list[int]) -> str:
+    if len(sizes) > 8 and set(sizes) == {1}:
+        return f"{len(sizes)} block(s) of one document"
+    return f"{len(sizes)} block(s) {sizes}"
 
 
 def _set_threads(threads: int | None) -> None:

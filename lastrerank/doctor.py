@@ -11,17 +11,9 @@ from typing import Any
 import torch
 
 from lastrerank import Reranker, __version__, ops
+from lastrerank.checkpoint import resolve
+from lastrerank.goldens import GOLDENS, golden_of
 from lastrerank.reranker import resolve_device
-
-# jina-reranker-v3.5 in fp32 through its published Transformers package.
-GOLDEN_QUERY = "What is the capital city of France?"
-GOLDEN_DOCUMENTS = (
-    "Paris is the capital and most populous city of France.",
-    "The Rhine is a river in Central and Western Europe.",
-    "Photosynthesis converts light energy into chemical energy.",
-)
-GOLDEN_SCORES = (0.521538, -0.138701, -0.118413)
-GOLDEN_VECTOR = (2.566754, -1.079753, 1.213184)
 
 _SELF_CHECK_TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 
@@ -51,7 +43,7 @@ def examine(device: str = "auto") -> dict[str, Any]:
 def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:
     from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 
-    documents = [GOLDEN_DOCUMENTS[i % 3] * (1 + i % 7) for i in range(40)]
+    documents = [GOLDENS[0].documents[i % 3] * (1 + i % 7) for i in range(40)]
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(folder, "tiny-v3.5", tokenizer=small_tokenizer())
         truth = _scores(Reranker.from_pretrained(folder, device="cpu", backend="reference"), documents)
@@ -65,21 +57,34 @@ def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:
 
 
 def verify_checkpoint(id_or_path: str | Path, device: str = "auto") -> dict[str, Any]:
-    """Compare jina-reranker-v3.5 in fp32 with its published scores and first vector components."""
+    """Compare a checkpoint in fp32 with what is published of it (`lastrerank.goldens`).
+
+    Raises:
+        ValueError: nothing is published of it that is known here.
+    """
+    name, _ = resolve(id_or_path)
+    golden = golden_of(name)
+    if golden is None:
+        raise ValueError(f"{name}: no scores are known of it, only of {', '.join(g.checkpoints for g in GOLDENS)}")
     reranker = Reranker.from_pretrained(id_or_path, device=device, dtype="float32")
-    results = reranker.rerank(GOLDEN_QUERY, GOLDEN_DOCUMENTS, return_embeddings=True)
+    results = reranker.rerank(golden.query, golden.documents, return_embeddings=bool(golden.vector))
     by_index = {result["index"]: result for result in results}
-    scores = [by_index[i]["relevance_score"] for i in range(3)]
-    difference = max(abs(a - b) for a, b in zip(scores, GOLDEN_SCORES, strict=True))
-    vector = [float(x) for x in by_index[0]["embedding"][:3]]
-    off = max(abs(a - b) for a, b in zip(vector, GOLDEN_VECTOR, strict=True))
+    ordered = [by_index[i] for i in range(len(golden.documents))]
+    scores = [result.get("raw_score", result["relevance_score"]) for result in ordered]
+    difference = max(abs(a - b) for a, b in zip(scores, golden.scores, strict=True))
     message = (
-        f"scores {', '.join(f'{s:.6f}' for s in scores)} differ by at most {difference:.1e} from the published ones, "
-        f"vector components by {off:.1e}"
+        f"{name}: scores {', '.join(f'{s:.6f}' for s in scores)} differ by at most {difference:.1e} from those of "
+        f"{golden.source} (allowed: {golden.tolerance:g})"
     )
-    return {"ok": difference < 1e-3 and off < 1e-2, "scores": scores, "vector": vector, "message": message}
+    report = {"ok": difference <= golden.tolerance, "scores": scores, "published": list(golden.scores)}
+    if golden.vector:
+        vector = [float(x) for x in ordered[0]["embedding"][: len(golden.vector)]]
+        off = max(abs(a - b) for a, b in zip(vector, golden.vector, strict=True))
+        message += f", vector components by {off:.1e}"
+        report |= {"ok": report["ok"] and off < 1e-2, "vector": vector}
+    return report | {"message": message}
 
 
 def _scores(reranker: Reranker, documents: list[str]) -> list[float]:
-    results = sorted(reranker.rerank(GOLDEN_QUERY, documents, block_size=13), key=lambda r: r["index"])
+    results = sorted(reranker.rerank(GOLDENS[0].query, documents, block_size=13), key=lambda r: r["index"])
     return [result["relevance_score"] for result in results]

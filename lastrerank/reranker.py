@@ -16,6 +16,7 @@ import torch
 from lastrerank import ops, saving
 from lastrerank.checkpoint import Checkpoint, open_checkpoint
 from lastrerank.families import FAMILIES, Cosine, Family, named
+from lastrerank.families.family import sigmoid
 from lastrerank.graphs import GraphedModel
 from lastrerank.isolation import isolated
 from lastrerank.kept import FileState, digest
@@ -246,10 +247,10 @@ class Reranker:
     ) -> list[dict[str, Any]]:
         """As sentence-transformers' `CrossEncoder.rank`: `[{corpus_id, score, text?}]`, best first.
 
-        batch_size has no effect: passes are packed by tokens. activation_fn may be an Identity, for raw scores. Of its
-        other options those are refused that would change a score.
+        batch_size has no effect: passes are packed by tokens. Scores of a family that has logits are those, as there,
+        or their sigmoid where activation_fn is one. Of its other options those are refused that would change a score.
         """
-        score = _score_wanted(options)
+        score = _score_wanted(options, self.family)
         results = self.rerank(query, documents, top_n=top_k, progress=show_progress_bar)
         return [
             {"corpus_id": result["index"], "score": score(result)}
@@ -272,10 +273,10 @@ class Reranker:
 
         Pairs of one query are scored as one list, in their order: a listwise score depends on its company, and what
         judges one document at a time shares its prompt.
-        batch_size has no effect: passes are packed by tokens. activation_fn may be an Identity, for raw scores. Of its
-        other options those are refused that would change a score.
+        batch_size has no effect: passes are packed by tokens. Scores of a family that has logits are those, as there,
+        or their sigmoid where activation_fn is one. Of its other options those are refused that would change a score.
         """
-        score = _score_wanted(options)
+        score = _score_wanted(options, self.family)
         if hasattr(pairs, "tolist"):
             pairs = pairs.tolist()
         if isinstance(pairs, str) or not isinstance(pairs, Sequence):
@@ -514,21 +515,25 @@ def _load_again(made_by: dict[str, Any], wanted: str) -> Reranker:
 
 # Options of sentence-transformers' CrossEncoder: those that change no score here, and those that would.
 _HARMLESS_OPTIONS = ("num_workers", "convert_to_numpy", "convert_to_tensor", "chunk_size")
-_REFUSED_OPTIONS = ("prompt_name", "prompt", "activation_fn", "activation_fct", "apply_softmax", "device", "pool")
+_ACTIVATIONS_OF = ("activation_fn", "activation_fct")
+_REFUSED_OPTIONS = ("prompt_name", "prompt", "apply_softmax", "device", "pool")
 
 
-def _score_wanted(options: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], float]:
-    """Of a result, the score that the options of a CrossEncoder ask for: published, or raw without an activation."""
+def _score_wanted(options: Mapping[str, Any], family: Family) -> Callable[[Mapping[str, Any]], float]:
+    """Of a result, the score that a CrossEncoder with these options gives: a cosine, or a logit, or its sigmoid."""
+    activation = "Identity"
     for name, value in options.items():
-        if name not in _HARMLESS_OPTIONS + _REFUSED_OPTIONS:
+        if name not in (*_HARMLESS_OPTIONS, *_ACTIVATIONS_OF, *_REFUSED_OPTIONS):
             raise TypeError(f"{name} is {value!r:.80}: no option of CrossEncoder that is known here")
-        unset = value is None or value is False or type(value).__name__ == "Identity"
-        if name in _REFUSED_OPTIONS and not unset:
+        kind = "Identity" if value is None or value is False else type(value).__name__
+        known = ("Identity",) if isinstance(family.readout, Cosine) else ("Identity", "Sigmoid")
+        if name in _ACTIVATIONS_OF and kind in known:
+            activation = kind if kind != "Identity" else activation
+        elif name not in _HARMLESS_OPTIONS and kind != "Identity":
             raise ValueError(f"{name} is {value!r:.80}, which would change the scores: not supported")
-    activations = (options.get("activation_fn"), options.get("activation_fct"))
-    if any(type(value).__name__ == "Identity" for value in activations):
-        return lambda result: result.get("raw_score", result["relevance_score"])
-    return lambda result: result["relevance_score"]
+    if activation == "Sigmoid":
+        return lambda result: float(sigmoid(np.float32(result["raw_score"])))
+    return lambda result: result.get("raw_score", result["relevance_score"])
 
 
 def resolve_device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -90,14 +91,17 @@ def test_demo(run):
     assert len({r["name"].split()[0] for r in answer["results"]}) >= 6
 
 
-def test_doctor(run, small):
+def test_doctor(run, small, tmp_path):
     done = run("doctor", "--json", model=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["backends"]["reference"] is None and report["self_check"]["ok"]
     assert all(difference <= 2e-5 for difference in report["self_check"]["difference"].values())
     done = run("doctor", "--verify", str(small), model=False)
-    assert done.returncode == 1 and "verify         FAILED: scores" in done.stdout
+    assert done.returncode == 2 and "no scores are known of it, only of jina-reranker-v3" in done.stderr
+    shutil.copytree(small, tmp_path / "jina-reranker-v3.5")
+    done = run("doctor", "--verify", "jina-reranker-v3.5", model=False)
+    assert done.returncode == 1 and "verify         FAILED: jina-reranker-v3.5: scores" in done.stdout
 
 
 FILES = {

@@ -54,7 +54,7 @@ def test_shared_memory_fits(report):
 
 def test_16_bit_attention_uses_the_matrix_unit(rows):
     attention = [row for row in rows if row["kernel"] == "_attention_kernel" and "float32" not in row["launch"]]
-    assert len(attention) == 7 * len(MATRIX)
+    assert len(attention) == 11 * len(MATRIX)
     for row in attention:
         assert MATRIX[row["chip"]] in row["matrix_instructions"], row
 
@@ -78,7 +78,7 @@ def test_lengths_do_not_recompile():
     code = (
         "import torch\n"
         "from bench.compile_kernels import TARGETS, compiling_for\n"
-        "from lastrerank.kernels import attention, qk_norm_rope, rms_norm, score, swiglu\n"
+        "from lastrerank.kernels import attention, logit, qk_norm_rope, rms_norm, score, swiglu\n"
         "kinds = set()\n"
         "for rows in (1, 16, 37):\n"
         "    x, w = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)\n"
@@ -92,6 +92,7 @@ def test_lengths_do_not_recompile():
         "        attention.attention(q, q[:, :2].contiguous(), q[:, :2].contiguous(), cu, rows, None, 1.0)\n"
         "        qk_norm_rope.qk_norm_rope(q.flatten(1), w, w, table, table, torch.arange(rows), 2, 1, 1e-6)\n"
         "        score.score(x, *maps, w, w2, w2, 1e-6)\n"
+        "        logit.logit(x, w, w.float(), 1e-6)\n"
         "    kinds |= {(k.metadata.name, k.hash) for k in compiled}\n"
         "print(len({name for name, _ in kinds}), len(kinds))"
     )
@@ -99,4 +100,4 @@ def test_lengths_do_not_recompile():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names, kinds = map(int, done.stdout.split())
-    assert names == 6 and kinds == 7  # the two projections differ: gather, norm and ReLU are the first one's
+    assert names == 7 and kinds == 8  # the two projections differ: gather, norm and ReLU are the first one's

@@ -436,11 +436,15 @@ def test_activations_of_cross_encoders(make, documents):
     reranker = Reranker.from_pretrained(make())
     results = reranker.rerank("chart", documents[:4])
     pairs = [("chart", document) for document in documents[:4]]
-    np.testing.assert_allclose(reranker.predict(pairs, activation_fn=Identity()), raw_scores(results), atol=1e-6)
+    # As the repositories' own files for that class have it: logits, unless a sigmoid is asked for.
+    for options in ({}, {"activation_fn": Identity()}, {"activation_fct": None}):
+        np.testing.assert_allclose(reranker.predict(pairs, **options), raw_scores(results), atol=1e-6)
     published = [r["relevance_score"] for r in sorted(results, key=lambda r: r["index"])]
-    np.testing.assert_allclose(reranker.predict(pairs), published, atol=1e-6)
-    ranked = reranker.rank("chart", documents[:4], activation_fn=Identity())
+    np.testing.assert_allclose(reranker.predict(pairs, activation_fn=torch.nn.Sigmoid()), published, atol=1e-6)
+    ranked = reranker.rank("chart", documents[:4])
     assert [r["score"] for r in ranked] == [r["raw_score"] for r in results]
+    with pytest.raises(ValueError, match=r"activation_fn is Tanh\(\), which would change the scores"):
+        reranker.predict(pairs, activation_fn=torch.nn.Tanh())
 
 
 def test_equal_probabilities_are_ranked_by_their_logits():

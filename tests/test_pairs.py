@@ -258,5 +258,5 @@ def test_contexts_without_room_are_refused(qwen):
     for length in (1, 100, 1000):
         found = encoded(small, "word " * length, ["text " * length])
         assert len(found.blocks[0].ids) <= 200
-    with pytest.raises(ValueError, match="expected {document} in one of them, once"):
+    with pytest.raises(ValueError, match=r"expected {document} in one of them, once"):
         PairPrompt(pieces=("{query}",))

@@ -13,6 +13,7 @@ import time
 
 import httpx
 import pytest
+import torch
 
 from bench.serving import serving
 from lastrerank import Reranker
@@ -387,3 +388,46 @@ def test_slow_bodies_are_cut_off(small_reranker):
 
     sent = asyncio.run(main())
     assert sent[0]["status"] == 408
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A reranker that judges one document at a time."""
+    from lastrerank.families import FAMILIES
+    from lastrerank.random_checkpoint import small_tokenizer, texts_for, write_random_checkpoint
+
+    tokenizer = small_tokenizer(texts_for(FAMILIES["qwen3-reranker"]))
+    folder = tmp_path_factory.mktemp("pairs")
+    write_random_checkpoint(folder, "tiny-qwen3", tokenizer=tokenizer, dtype=torch.float32)
+    return Reranker.from_pretrained(folder)
+
+
+def test_a_family_of_pairs(pairs, documents):
+    """The published score, and the raw one for whoever asks for it; what pairs have not is refused by name."""
+    expected = pairs.rerank(QUERY, documents[:4])
+    published, raw = ({r["index"]: r[name] for r in expected} for name in ("relevance_score", "raw_score"))
+    with client_of(pairs) as client:
+        info = client.get("/info").json()
+        assert info["family"] == "qwen3-reranker" and info["scores"] == "probability"
+        body = {"query": QUERY, "documents": documents[:4]}
+        for options, scores in (
+            ({}, published), ({"activation": None}, published), ({"activation": False}, raw),
+            ({"raw_scores": True}, raw),
+        ):  # fmt: skip
+            results = client.post("/v1/rerank", body | options).json()["results"]
+            assert [r["index"] for r in results] == [r["index"] for r in expected]
+            assert all(abs(r["relevance_score"] - scores[r["index"]]) <= 1e-5 for r in results)
+        tei = {"query": QUERY, "texts": documents[:4]}
+        for options, scores in (({}, published), ({"raw_scores": True}, raw)):
+            for result in client.post("/rerank", tei | options).json():
+                assert abs(result["score"] - scores[result["index"]]) <= 1e-5
+        nim = {"query": {"text": QUERY}, "passages": [{"text": d} for d in documents[:4]]}
+        for result in client.post("/v1/ranking", nim).json()["rankings"]:
+            assert abs(result["logit"] - raw[result["index"]]) <= 1e-5
+        score = {"text_1": QUERY, "text_2": documents[:4], "activation": False}
+        for result in client.post("/v1/score", score).json()["data"]:
+            assert abs(result["score"] - raw[result["index"]]) <= 1e-5
+        for option in ({"return_embeddings": True}, {"orders": 2}, {"block_size": 3}):
+            refused = client.post("/v1/rerank", body | option)
+            assert refused.status_code == 422 and f"{next(iter(option))} is" in refused.json()["error"]["message"]
+        assert client.post("/v1/rerank", body | {"activation": True}).status_code == 422

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lastrerank.evaluation.beir import read_beir
+from lastrerank.evaluation.contenders import Contender
 from lastrerank.evaluation.run import (
     METRICS,
     bm25_candidates,
@@ -22,7 +23,7 @@ from lastrerank.reranker import Reranker
 
 
 def evaluate(
-    reranker: Reranker,
+    model: Reranker | Contender,
     folders: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
@@ -39,6 +40,7 @@ def evaluate(
     """Rerank and score every dataset in every input order.
 
     Args:
+        model: what ranks.
         folders: BEIR-format datasets.
         output: folder for the runs (resumed if they are there), `results.json`, `results.png` and `per_query.jsonl`.
         split: of the qrels.
@@ -61,7 +63,7 @@ def evaluate(
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     settings = {
-        **reranker.identity(), "split": split, "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k,
+        **model.identity(), "split": split, "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k,
         "max_queries": max_queries, "seed": seed,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
@@ -77,7 +79,7 @@ def evaluate(
             shown = ordered(candidates, order, seed)
             path = target / f"{dataset.name.replace('>', '-to-')}-{order}.jsonl"
             done = rerank_run(
-                reranker, dataset, shown, path, settings | {"dataset": dataset.name, "order": order},
+                model, dataset, shown, path, settings | {"dataset": dataset.name, "order": order},
                 max_doc_length=max_doc_length, progress=progress,
             )  # fmt: skip
             means, each = evaluate_ranking(dataset, done.ranking)
@@ -91,13 +93,19 @@ def evaluate(
     return report
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """nDCG@10 by dataset: first stage and each order beside each other."""
+def pyplot() -> Any:
+    """Matplotlib's, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """nDCG@10 by dataset: first stage and each order beside each other."""
+    plt = pyplot()
     rows = report["rows"]
     datasets, rankings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("dataset", "ranking"))
     figure, axes = plt.subplots(figsize=(2 + 1.6 * len(datasets), 4), layout="constrained")

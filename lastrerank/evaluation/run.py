@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lastrerank.evaluation.beir import BeirDataset, lines_of
+from lastrerank.evaluation.contenders import Contender, Own
 from lastrerank.evaluation.first_stage import Bm25
 from lastrerank.kept import digest, locked, read_records
 from lastrerank.progress import Progress
-from lastrerank.request import RerankRequest
-from lastrerank.reranker import Reranker, ranked
+from lastrerank.reranker import Reranker
 
 logger = logging.getLogger("lastrerank")
 
@@ -90,7 +90,7 @@ class Run:
 
 
 def rerank_run(
-    reranker: Reranker,
+    model: Reranker | Contender,
     dataset: BeirDataset,
     candidates: Ranking,
     path: str | os.PathLike[str],
@@ -99,9 +99,10 @@ def rerank_run(
     max_doc_length: int | None = None,
     progress: bool | None = None,
 ) -> Run:
-    """Rerank the candidates of every query in packed passes; what `path` already holds is not done again.
+    """Rerank the candidates of every query; what `path` already holds is not done again.
 
     Args:
+        model: what ranks, sixteen queries at a time.
         path: the run's file; written a query at a time, so that an interrupted run goes on where it stopped.
         settings: what else the run depends on. They are kept in the file with the model's identity (weights by digest,
             dtype, backend) and the cap, and of each query a digest of its text and its documents' in their order; all
@@ -111,7 +112,9 @@ def rerank_run(
         ValueError: `path` holds a run with other settings or weights, or of other texts, or is being written.
     """
     target = Path(path)
-    own = {**settings, **reranker.identity(), "max_doc_length": max_doc_length or reranker.encoder.max_doc_length}
+    contender = Own(model) if isinstance(model, Reranker) else model
+    cap = max_doc_length or (model.encoder.max_doc_length if isinstance(model, Reranker) else None)
+    own = {**settings, **contender.identity(), "max_doc_length": cap}
     inputs = {
         q: digest(dataset.queries[q], [[d, dataset.documents[d]] for d in names])[:16]
         for q, names in candidates.items()
@@ -128,20 +131,11 @@ def rerank_run(
             if lines.tell() == 0:
                 lines.write(json.dumps({"settings": own}) + "\n")
             for group in _groups(left, 16):
-                requests = [
-                    RerankRequest.of(RerankRequest(
-                        dataset.queries[q], [dataset.documents[d] for d in candidates[q]], max_doc_length=max_doc_length
-                    )) for q in group
-                ]  # fmt: skip
-                encoded = [reranker.encode(request) for request in requests]
-                tokens += sum(e.num_tokens for e in encoded)
-                for query, request, scored in zip(
-                    group, requests, reranker.score_encoded(encoded, progress=False), strict=True
-                ):
-                    results = ranked(request, scored)
-                    done[query] = [candidates[query][r["index"]] for r in results]
-                    scores = [r["relevance_score"] for r in results]
-                    row = {"query": query, "documents": done[query], "scores": scores, "input": inputs[query]}
+                lists = [(dataset.queries[q], [dataset.documents[d] for d in candidates[q]]) for q in group]
+                for query, found in zip(group, contender.rank(lists, max_doc_length), strict=True):
+                    tokens += found.tokens
+                    done[query] = [candidates[query][place] for place in found.order]
+                    row = {"query": query, "documents": done[query], "scores": found.scores, "input": inputs[query]}
                     lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 bar.advance(len(group))

@@ -46,11 +46,13 @@ class Logit:
     def published(self, raw: np.ndarray) -> np.ndarray:
         """Raw scores fp32 `[N]` as they are published, fp32 `[N]`."""
         scaled = raw * np.float32(self.scale)
-        if self.activation is None:
-            return scaled
-        # exp of a negative number alone: it can't overflow.
-        small = np.exp(-np.abs(scaled))
-        return np.where(scaled >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
+        return scaled if self.activation is None else sigmoid(scaled)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """In the dtype of x; of any number."""
+    small = np.exp(-np.abs(x))  # of a negative number: it can't overflow
+    return np.where(x >= 0, 1 / (1 + small), small / (1 + small)).astype(x.dtype)
 
 
 @dataclass(frozen=True)

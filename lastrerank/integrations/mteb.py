@@ -1,4 +1,4 @@
-"""MTEB: the interface of its cross-encoders, scored listwise; `pip install 'lastrerank[mteb]'`.
+"""MTEB: the interface of its cross-encoders; `pip install 'lastrerank[mteb]'`.
 
 The paper's table, for whoever has the weights and the network (`first` holds the first stage's saved predictions):
 
@@ -45,5 +45,6 @@ class MtebReranker:
         scores = np.empty(len(queries), np.float32)
         for start, results in zip(starts, self.reranker.rerank_many(requests), strict=True):
             for result in results:
-                scores[start + result["index"]] = result["relevance_score"]
+                # Before an activation, which makes ties of scores that aren't equal.
+                scores[start + result["index"]] = result.get("raw_score", result["relevance_score"])
         return scores

@@ -9,6 +9,7 @@ from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
 
+from lastrerank.families import Cosine
 from lastrerank.reranker import Reranker
 
 
@@ -16,13 +17,12 @@ class LastrerankRanker(BaseRanker):
     """Args: model_name_or_path and arguments as `Reranker.from_pretrained`; instruction as in `Reranker.rerank`;
     verbose is the library's."""
 
-    ranking_type = "listwise"
-
     def __init__(
         self, model_name_or_path: str, verbose: int = 1, instruction: str | None = None, **arguments: Any
     ) -> None:
         self.verbose, self.instruction = verbose, instruction
         self.model = Reranker.from_pretrained(model_name_or_path, **arguments)
+        self.ranking_type = "listwise" if isinstance(self.model.family.readout, Cosine) else "pointwise"
 
     def rank(
         self,
@@ -31,7 +31,7 @@ class LastrerankRanker(BaseRanker):
         doc_ids: list[str] | list[int] | None = None,
         metadata: list[dict[str, Any]] | None = None,
     ) -> RankedResults:
-        """All documents as one list, best first."""
+        """All documents in one request, best first."""
         documents = prep_docs(docs, doc_ids, metadata)
         found = self.model.rerank(query, [document.text for document in documents], instruction=self.instruction)
         results = [

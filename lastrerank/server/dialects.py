@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ class RankingBody(Struct, forbid_unknown_fields=True):
 
 
 _rerank, _score, _ranking = (msgspec.json.Decoder(kind) for kind in (RerankBody, ScoreBody, RankingBody))
-_raw, _objects = msgspec.json.Decoder(_RawDocuments), msgspec.json.Decoder(_ObjectDocuments)
+_raw_texts, _objects = msgspec.json.Decoder(_RawDocuments), msgspec.json.Decoder(_ObjectDocuments)
 
 
 def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -> Call:
@@ -146,7 +146,8 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     if body.truncation_direction is not None and body.truncation_direction.lower() != "right":
         raise BodyError(422, f"truncation_direction is {body.truncation_direction!r:.40}, expected 'right'",
                         "truncation_direction")  # fmt: skip
-    _flag(body, "raw_scores")
+    # As they come, or without the activation of a family that has one.
+    score = _raw if _flag(body, "raw_scores") or _flag(body, "activation") is False else _published
     texts = _texts(documents, body.rank_fields, content)
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
     back = _flag(body, "return_text" if tei else "return_documents")
@@ -163,12 +164,12 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     raw: list[Any] = []
     if back and not tei:
         objects = any(not isinstance(document, str) for document in documents)
-        raw = _decoded(_raw, content).documents if objects else documents
+        raw = _decoded(_raw_texts, content).documents if objects else documents
 
     def render(answers: Sequence[Answer], model: str) -> Any:
         results = []
         for found in answers[0].results:
-            row: dict[str, Any] = {"index": found["index"], "relevance_score": found["relevance_score"]}
+            row: dict[str, Any] = {"index": found["index"], "relevance_score": score(found)}
             if back and not tei:
                 row["document"] = _as_object(documents[found["index"]], raw[found["index"]])
             if embeddings:
@@ -222,14 +223,14 @@ def read_score(content: bytes, most: int) -> Call:
     groups: dict[str, list[int]] = {}
     for position, text in enumerate(left):
         groups.setdefault(text, []).append(position)
-    cap = _prompt_cap(body)
+    cap, score = _prompt_cap(body), _raw if _flag(body, "activation") is False else _published
     requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
 
     def render(answers: Sequence[Answer], model: str) -> Any:
         scores = [0.0] * len(right)
         for own, got in zip(groups.values(), answers, strict=True):
             for result in got.results:
-                scores[own[result["index"]]] = result["relevance_score"]
+                scores[own[result["index"]]] = score(result)
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
         return {"id": uuid.uuid4().hex, "model": model, "object": "list", "usage": _usage(answers), "data": data}
 
@@ -250,11 +251,21 @@ def read_ranking(content: bytes, most: int) -> Call:
         raise BodyError(422, f"truncate is {body.truncate!r:.40}, expected 'END' or 'NONE'", "truncate")
 
     def render(answers: Sequence[Answer], model: str) -> Any:
-        rankings = [{"index": r["index"], "logit": r["relevance_score"]} for r in answers[0].results]
+        rankings = [{"index": r["index"], "logit": _raw(r)} for r in answers[0].results]
         return {"rankings": rankings, "usage": _usage(answers)}
 
     request = RerankRequest(body.query.text, [passage.text for passage in body.passages])
     return Call([request], len(body.passages), "passages", body.model, body.truncate == "NONE", render)
+
+
+def _published(result: Mapping[str, Any]) -> float:
+    """A result's score as its model's family publishes it."""
+    return result["relevance_score"]
+
+
+def _raw(result: Mapping[str, Any]) -> float:
+    """The score before an activation; a cosine is one that has none."""
+    return result.get("raw_score", result["relevance_score"])
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:

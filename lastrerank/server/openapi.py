@@ -82,7 +82,7 @@ def description(posts: Sequence[str], has_key: bool) -> dict[str, Any]:
     return {
         "openapi": "3.1.0", "paths": paths, "components": components,
         "info": {"title": "lastrerank", "version": __version__,
-                 "description": "Last-token listwise reranking. Scores are cosines in [-1, 1]."},
+                 "description": "Last-token reranking. Scores are as the model's family publishes them (/info: cosine in [-1, 1], probability, or logit)."},
     }  # fmt: skip
 
 
