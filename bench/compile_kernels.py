@@ -141,6 +141,7 @@ def launches() -> dict[str, Callable[[], Any]]:
         "attention continued": attend(bf16, 128, None, False, True),
         "attention continued window": attend(bf16, 128, 1024, False, True),
         "attention continued rows": attend(bf16, 128, None, True, True),
+        "attention continued rows window": attend(bf16, 128, 1024, True, True),
         "attention continued d=64": attend(bf16, 64, None, False, True),
         "attention continued float32": attend(torch.float32, 128, None, False, True),
         "score": readout, "logit": head,

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
             tokens = sum(encoder.encode(as_request(r)).num_tokens for r in requests)
             scale = 1.0 if encoder.family.name.startswith("listwise") else LOGITS
             rows += measure(workload, requests, tokens, scorers, options.runs, options.once, scale)
-    path = write_results(options.name, rows)
+            path = write_results(options.name, rows)  # a long bench may be stopped
     plot_end_to_end(path)
 
 

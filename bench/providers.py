@@ -37,7 +37,7 @@ def ours(backend: str, dtype: str, share: bool = True) -> Callable[[Path], Score
         def score(requests: list[Request]) -> list[np.ndarray]:
             encoded = [reranker.encode(RerankRequest(query, documents)) for query, documents in requests]
             if not share:
-                encoded = [replace(e, blocks=tuple(replace(b, prefix=None) for b in e.blocks)) for e in encoded]
+                encoded = [replace(e, blocks=tuple(b.alone() for b in e.blocks)) for e in encoded]
             return [found.scores if found.raw is None else found.raw for found in reranker.score_encoded(encoded)]
 
         return score
@@ -68,6 +68,36 @@ def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]
     return make
 
 
+def cross_encoder(folder: Path) -> Scorer:
+    """sentence-transformers' `CrossEncoder` over the conversion to a classifier that people use there."""
+    from bench.pairs import QWEN3_INSTRUCTION
+    from lastrerank import Reranker
+
+    try:
+        from sentence_transformers import CrossEncoder
+    except ImportError as error:
+        raise UnavailableError(str(error)) from error
+    loaded = Reranker.from_pretrained(folder, backend="reference", dtype="float32")
+    if loaded.family.name != "qwen3-reranker":
+        raise UnavailableError(f"the prompt of {loaded.family.name} isn't two texts end to end")
+    converted = folder / "classifier"
+    loaded.save_pretrained(converted)
+    model = CrossEncoder(str(converted), model_kwargs={"dtype": torch.float32})
+    model.tokenizer.pad_token = "<|endoftext|>"
+    model.model.config.pad_token_id = model.tokenizer.pad_token_id
+    before, _, after = loaded.family.prompt.pieces
+
+    def score(requests: list[Request]) -> list[np.ndarray]:
+        return [
+            model.predict(
+                [(f"{before}<Instruct>: {QWEN3_INSTRUCTION}\n<Query>: {query}\n<Document>:", f" {document}{after}")
+                 for document in documents], activation_fn=torch.nn.Identity(), show_progress_bar=False,
+            ) for query, documents in requests
+        ]  # fmt: skip
+
+    return score
+
+
 def peer(name: str) -> Callable[[Path], Scorer]:
     """A class of `bench.peers`."""
 
@@ -91,6 +121,7 @@ PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "transformers-sdpa-float32": transformers("sdpa", torch.float32),
     "transformers-eager-float32": transformers("eager", torch.float32),
     "transformers-sdpa-bfloat16": transformers("sdpa", torch.bfloat16),
+    "sentence-transformers-float32": cross_encoder,
     "openvino-float32": peer("OpenVino"),
     "onnxruntime-float32": peer("OnnxRuntime"),
     "onnxruntime-int8": peer("OnnxRuntimeInt8"),

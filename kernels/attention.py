@@ -6,8 +6,9 @@ A sequence may continue another one: its rows see that one's rows first (unmaske
 one running softmax. q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride, heads contiguous; with `rows`, q is
 `[R, Hq, d]`: the queries at these rows only. A tile holds BLOCK_Q positions times all query heads of one KV head, so
 keys and values are read once for the group. Logits, softmax and accumulator in fp32 (exp2, with log2(e) folded into the
-scale), probabilities rounded to v's dtype. A program belongs to one sequence and its tiles depend on model constants
-only: neighbours can't change a result. Output may be written over q.
+scale), probabilities rounded to v's dtype. A program belongs to one sequence, and its tiles depend on model constants
+and on whether a sequence of the pass continues another one: neighbours can't change a result otherwise. Output may be
+written over q.
 """
 
 from __future__ import annotations

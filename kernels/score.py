@@ -5,7 +5,7 @@
     per request g:   fused_g = sum_s weight_s query_s, or its only query
     score_i = cos(doc_i, fused of i's request)                                            (launch 3)
 
-Everything after the gather is fp32. hidden `[R, D]`; w1 `[P1, D]`, w2 `[P, P1]`; maps as in `packing.Readout`.
+Everything after the gather is fp32. hidden `[R, D]`; w1 `[P1, D]`, w2 `[P, P1]`; maps as in `packing.ReadoutMaps`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from lastrerank.config import ModelConfig
-from lastrerank.families import SENTENCE_TRANSFORMERS, Cosine, Family, recognise
+from lastrerank.families import PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
 from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
@@ -32,7 +32,7 @@ from lastrerank.readouts import Head, Projector, Readout
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors", _INDEX, SENTENCE_TRANSFORMERS)
+_FILES = ("config.json", "tokenizer.json", "*.safetensors", _INDEX, SENTENCE_TRANSFORMERS, *PROMPT_FILES)
 # No weights: a buffer some exporters write.
 _IGNORED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # The output head, which is read by families that score by logits, and the head of a classifier.
@@ -180,16 +180,14 @@ def open_checkpoint(
     tokenizer_config = read_json(path) if path.exists() else {}
     config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
     tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config)
-    logits = folder / SENTENCE_TRANSFORMERS
     if family is None:
 
         def has_projector() -> bool:
             with _Tensors(folder) as tensors:
                 return any(_PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
-        family = recognise(name, folder, raw, has_projector, read_json(logits) if logits.exists() else None)
-    paths = (folder / "config.json", folder / "tokenizer.json", folder / "tokenizer_config.json", logits)
-    small = [path for path in paths if path.exists()]
+        family = recognise(name, folder, raw, has_projector, read_json)
+    small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
     files = tuple(FileState.of(path) for path in (*small, *_weight_files(folder)[0]))
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files)
 

@@ -164,9 +164,13 @@ def evaluate(
     }  # fmt: skip
     models = model or ([] if peer else [str(default_model())])
     try:
-        for name in peer or ():
-            contenders.check_peer(name)  # before any work is done
+        for name in peer or ():  # before any work is done
+            contenders.check_peer(name)
+            if max_doc_length is not None:
+                raise ValueError(f"--max-doc-length: {name} cuts by its own tokenizer, not by a cap in ours")
         named = {name: Path(name).resolve().name if Path(name).is_dir() else name for name in models}
+        if len(set(named.values())) < len(models):
+            named = {name: name for name in models}
         loaders = {named[name]: partial(own, name) for name in models}
         loaders |= {name: partial(contenders.peer, name, device) for name in peer or ()}
         if len(loaders) < len(models) + len(peer or ()):
@@ -176,7 +180,7 @@ def evaluate(
         else:
             found = compare.compare(loaders, datasets, output, **options)
     except _EXPECTED as error:
-        _fail(error, "eval")
+        _fail(error, "" if isinstance(error, ImportError) and "pip install" in str(error) else "eval")
     if as_json:
         print(json.dumps(found | ({"published": compare.PUBLISHED} if published else {})))
     else:
@@ -340,10 +344,12 @@ def download(
     revision: RevisionOption = None,
 ) -> None:
     """Fetch a checkpoint from the Hub, and print the folder that it is in; no code is fetched."""
-    from lastrerank.checkpoint import open_checkpoint
+    from lastrerank.checkpoint import read_json, resolve
 
     try:
-        print(open_checkpoint(model, revision).folder)
+        folder = resolve(model, revision)[1]
+        read_json(folder / "config.json")
+        print(folder)
     except _EXPECTED as error:
         _fail(error)
 
@@ -427,8 +433,8 @@ def _run(
     blocks = [len(block.doc_rows) for block in encoded.blocks]
     details = {
         "model": loaded.checkpoint.name, "random": random, "backend": loaded.backend, "dtype": loaded.dtype,
-        "device": str(loaded.device), "prompt_tokens": encoded.num_tokens, "rows": encoded.num_rows,
-        "query_cut": encoded.query_cut, "blocks": blocks,
+        "device": str(loaded.device), "prompt_tokens": encoded.num_tokens,
+        "rows": encoded.rows(loaded.max_batch_tokens), "query_cut": encoded.query_cut, "blocks": blocks,
         "load_ms": 1e3 * load_seconds, "tokenise_ms": 1e3 * tokenise_seconds, "score_ms": 1e3 * score_seconds,
     }  # fmt: skip
     if as_json:

@@ -23,7 +23,8 @@ _READ = frozenset({
     "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
     "rope_parameters", "rope_scaling", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
-    "attention_bias", "use_qk_norm", "quantization_config", "lastrerank", "dtype", "torch_dtype",
+    "attention_bias", "use_qk_norm", "tie_word_embeddings", "id2label", "quantization_config", "lastrerank", "dtype",
+    "torch_dtype",
 })  # fmt: skip
 # Fields under which the computation is ours only if they have this value; null is as absent.
 _FIXED: dict[str, Any] = {
@@ -32,11 +33,11 @@ _FIXED: dict[str, Any] = {
 }  # fmt: skip
 # Fields that change no hidden state of one causal pass without dropout: names, training, generation, output heads.
 _HARMLESS = frozenset({
-    "transformers_version", "auto_map", "name_or_path", "_name_or_path", "tokenizer_class", "tie_word_embeddings",
+    "transformers_version", "auto_map", "name_or_path", "_name_or_path", "tokenizer_class",
     "tie_encoder_decoder", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
     "cls_token_id", "mask_token_id", "decoder_start_token_id", "initializer_range", "attention_dropout",
     "classifier_dropout", "output_hidden_states", "output_attentions", "_output_attentions", "return_dict",
-    "use_return_dict", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    "use_return_dict", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     "is_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "torchscript", "use_bfloat16",
     "tf_legacy_loss", "gradient_checkpointing", "attn_implementation", "_attn_implementation",
     "_attn_implementation_autoset", "_attn_implementation_internal", "_experts_implementation",
@@ -50,7 +51,7 @@ _HARMLESS = frozenset({
 # What may stand in our own object: caps, the family (earlier: a template of the listwise one), and that the weights are
 # random.
 _OWN = frozenset({"max_query_length", "max_doc_length", "family", "template", "random"})
-# A decoder whose head is of no use, and the classifiers that a family is converted to.
+# Architectures whose head is a classification's.
 CLASSIFIERS = ("Qwen2ForSequenceClassification", "Qwen3ForSequenceClassification")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

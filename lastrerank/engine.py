@@ -62,7 +62,8 @@ class Engine:
 
     Args:
         reranker: scores; with `deterministic=True` every block is its own pass.
-        max_batch_tokens: of a pass; a longer block goes alone. Default: from the device's free memory.
+        max_batch_tokens: rows of a pass, in which what prompts share counts once (see `PassRows`); a longer block goes
+            alone. Default: from the device's free memory.
         max_wait: seconds a pass waits for requests that are being tokenised when it starts.
         max_queue_tokens: bound of the queue, default 32 passes. One request is always taken by an empty queue; one of
             more than a quarter of the bound takes a quarter, and only one such waits at a time.
@@ -277,14 +278,14 @@ class Engine:
             elif not job.encoded.blocks:
                 self._finish(job, Answer([], job.encoded, job.tokenise_seconds, 0.0, 0.0))
             else:
-                job.reserved = job.encoded.num_rows
+                job.reserved = job.encoded.rows(self.max_batch_tokens)
                 self._queue.ready.append(job)
             self._condition.notify_all()
 
     def _checked(self, job: Job, encoded: Any) -> Any:
         if job.refuse_cut and (encoded.query_cut or any(encoded.cut)):
             raise TooLongError("query" if encoded.query_cut else f"documents[{encoded.cut.index(True)}]")
-        self._check_size(encoded.num_rows)
+        self._check_size(encoded.rows(self.max_batch_tokens))
         return encoded
 
     def _check_size(self, tokens: int) -> None:

@@ -19,6 +19,8 @@ _LOOK_AHEAD = 512
 # A request of more than this share of the queue's bound is large: it takes this share of it, and waits alone of its
 # kind.
 LARGE_SHARE = 4
+# A job's turn ends when it has this share of a pass, if what its blocks share isn't longer.
+TURN_SHARE = 4
 
 
 class OverloadedError(RuntimeError):
@@ -149,24 +151,31 @@ class Queue:
             self.ready.remove(job)
 
     def next_pass(self, most_tokens: int, without: Sequence[Job] = ()) -> list[tuple[Job, list[EncodedBlock]]]:
-        """Blocks for a pass of at most `most_tokens` rows or a single block: one of each ready job in turn. The jobs
-        stay ready; who is served goes behind those who are not, so that a pass too small for all is shared in turn."""
+        """Blocks for a pass of at most `most_tokens` rows where it can be (see `PassRows`): a turn of each ready job
+        after another. A turn is a block, and the next ones that share its beginning, up to a quarter of the pass or
+        as many rows again as they share: by single blocks, a pass would compute many beginnings for one block each. The
+        jobs stay ready; who is served goes
+        behind those who are not, so that a pass too small for all is shared in turn."""
         chosen: dict[int, list[EncodedBlock]] = {}
-        rows, turn = PassRows(), 0
-        there = [(n, job) for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if job not in without]
-        while True:
-            offered = [(n, job.left[turn]) for n, job in there if len(job.left) > turn]
-            fitting = 0
-            for n, block in offered:
-                if chosen and rows.with_block(block) > most_tokens:
-                    continue
-                if len(chosen.get(n, ())) == turn:  # an earlier block of this job didn't fit: its order is kept
-                    chosen.setdefault(n, []).append(block)
+        rows = PassRows()
+        there = {n: job.left for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if job not in without}
+        while there:
+            for n, left in list(there.items()):
+                own, started = chosen.get(n, []), rows.total
+                while len(own) < len(left):
+                    block = left[len(own)]
+                    if rows.total > started:
+                        if block.prefix is None or block.prefix is not own[-1].prefix:
+                            break
+                        if rows.total - started >= max(most_tokens // TURN_SHARE, 2 * len(block.prefix.ids)):
+                            break
+                    if not rows.fits(block, most_tokens):
+                        break
                     rows.add(block)
-                    fitting += 1
-            if not fitting:
-                break
-            turn += 1
+                    own.append(block)
+                    chosen[n] = own
+                if len(own) == len(left) or rows.total == started:  # done, or doesn't fit: its order is kept
+                    del there[n]
         batch = [(self.ready[n], blocks) for n, blocks in chosen.items()]
         served = [job for job, _ in batch]
         self.ready = [job for job in self.ready if job not in served] + served

@@ -38,7 +38,7 @@ class PackedBatch:
 
 
 @dataclass(frozen=True)
-class Readout:
+class ReadoutMaps:
     """Where scores come from in the read rows `[R, D]` of S sequences that belong to G requests.
 
     doc_rows: int64 `[N]` and query_rows: int64 `[S]` index the read rows. doc_sequence: int64 `[N]`, the sequence of
@@ -76,7 +76,7 @@ def pack(blocks: Sequence[EncodedBlock], device: torch.device) -> PackedBatch:
             lay(prefix.ids, 0, 0)
         shared = 0 if prefix is None else len(prefix.ids)
         read.append(block.read_rows - shared + total)
-        lay(block.ids[shared:], 0 if prefix is None else starts[prefix], shared)
+        lay(block.ids if prefix is None else block.own_ids, 0 if prefix is None else starts[prefix], shared)
     lengths = [len(own) for own in ids]
 
     return PackedBatch(
@@ -85,18 +85,18 @@ def pack(blocks: Sequence[EncodedBlock], device: torch.device) -> PackedBatch:
         cu_seqlens=_put(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device),
         seqlens=tuple(lengths),
         read_rows=_put(np.concatenate(read), device),
-        max_positions=max(len(block.ids) for block in blocks),
+        max_positions=max(map(len, blocks)),
         prefixes=Prefixes(_put(np.array(continued, np.int32), device), tuple(continued)) if starts else None,
     )
 
 
-def readout(doc_counts: Sequence[int], sequence_request: Sequence[int], device: torch.device) -> Readout:
+def readout_maps(doc_counts: Sequence[int], sequence_request: Sequence[int], device: torch.device) -> ReadoutMaps:
     """The readout of sequences with `doc_counts[s]` documents each, rows as `pack` orders them."""
     counts = np.asarray(doc_counts, np.int64)
     sequence = np.repeat(np.arange(len(counts)), counts)
     query_rows = np.cumsum(counts + 1) - 1
 
-    return Readout(
+    return ReadoutMaps(
         doc_rows=_put(np.arange(len(sequence)) + sequence, device),
         query_rows=_put(query_rows, device),
         doc_sequence=_put(sequence, device),

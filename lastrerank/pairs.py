@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from lastrerank.config import ModelConfig
 from lastrerank.prompt import EncodedBlock, EncodedRequest, PieceEncoder, rough_tokens, share, substitute
 from lastrerank.request import BLOCK_SIZE, RerankRequest
-from lastrerank.texts import CutText, Steps, run
+from lastrerank.texts import Steps, run
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,27 @@ class PairPrompt:
 
 
 @dataclass(frozen=True)
+class _Text:
+    """A text as it stands behind what precedes it: int32 ids, with the space between, how many of them are its own, and
+    whether others were cut off."""
+
+    ids: np.ndarray
+    length: int
+    cut: bool
+
+
+@dataclass(frozen=True)
 class _Filled:
-    """A request's prompt, but for the document: int32 ids before and after the document's piece, the text and ids that
-    stand before the document in its piece, the text after it, and ids that its piece may have."""
+    """A request's prompt, but for the document: int32 ids before and after the document's piece, and of that piece
+    those before (`label`) and behind the document (`rest`), the same as text where it can be encoded as a whole with
+    the document, the space between, and how many ids the piece may have."""
 
     before: np.ndarray
-    label: str
-    label_ids: np.ndarray
-    rest: str
+    label: np.ndarray
+    rest: np.ndarray
     after: np.ndarray
+    texts: tuple[str, str] | None
+    gap: str
     room: int
 
 
@@ -79,31 +91,41 @@ class PairEncoder:
 
     Raises:
         ValueError: the tokenizer lacks a control token of the prompt, plain text can reach one of its ids, or the
-            context has no room for a query and a document.
+            context has no room for a query and a document, or for the caps that the configuration has.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: PairPrompt, config: ModelConfig) -> None:
         self.prompt = prompt
         self.pieces = PieceEncoder(tokenizer, prompt.texts())
         self.control_ids = self.pieces.control_ids
+        for part in prompt.texts():
+            if _holds_text(part) and len(self.pieces.split(part)) > 1:
+                raise ValueError(f"the piece {part!r:.80} holds a text and a control token: they must be pieces apart")
         self._context = min(config.max_context, config.max_positions)
-        variants = [prompt.pieces, prompt.instructed or prompt.pieces]
-        self._outside = max(self._fixed(pieces, inside=False) for pieces in variants)
-        # Tokens of the prompt's own beside query, document and instruction; labels within pieces of texts among them.
-        self._frame = self._outside + max(self._fixed(pieces, inside=True) for pieces in variants)
-        self._room = room = self._counted(self._context) - (self._frame - self._outside)
-        if room < 2:
+        # Tokens of the prompt's own, labels of texts among them: outside of the span of texts, and all.
+        variants = (prompt.pieces, prompt.instructed or prompt.pieces)
+        self._outside = max(self._fixed(_frame_of(pieces)) for pieces in variants)
+        self._frame = max(self._fixed(pieces) for pieces in variants)
+        # What is left to query and document together, under the published length.
+        self._room = self._counted() - (self._frame - self._outside)
+        if self._room < 2:
             raise ValueError(
                 f"config.json: a context of {self._context} tokens has no room for a query and a document: this "
                 f"family's prompt has {self._frame} tokens of its own"
             )
-        self.max_query_length = config.max_query_length or max(1, int(room * prompt.query_share))
-        self.max_doc_length = config.max_doc_length or room
         self._own_caps = config.max_query_length, config.max_doc_length
+        self._published_query = max(1, int(self._room * prompt.query_share))
+        self.max_query_length = config.max_query_length or self._published_query
+        self.max_doc_length = config.max_doc_length or self._room
+        whole = "".join(prompt.pieces)
+        self._query_first = whole.index("{query}") < whole.index("{document}")
+        last = next(number for number, part in enumerate(prompt.pieces) if "{document}" in part)
+        self._after = self._fixed(prompt.pieces[last + 1 :])
+        self.check(RerankRequest("a query", []), "config.json: lastrerank.")
 
     def check(self, request: RerankRequest, prefix: str = "") -> tuple[int, int]:
         for name, given, unset, why in (
-            ("return_embeddings", request.return_embeddings, False, "a score is one number of one row: no vectors"),
+            ("return_embeddings", bool(request.return_embeddings), False, "a score is one number of one row"),
             ("block_size", request.block_size, BLOCK_SIZE, "every document has a prompt of its own"),
             ("orders", request.orders, 1, "no document sees another, so order changes nothing"),
         ):
@@ -112,140 +134,164 @@ class PairEncoder:
         if request.instruction and self.prompt.instructed is None:
             raise ValueError(f"{prefix}instruction is {request.instruction!r:.80}: this family's prompt has no place "
                              "for one")  # fmt: skip
-        query_cap = request.max_query_length or self.max_query_length
-        doc_cap = request.max_doc_length or self.max_doc_length
-        room = self._context - self._frame
-        given_query = request.max_query_length or self._own_caps[0]
-        given_doc = request.max_doc_length or self._own_caps[1]
-        if given_doc is None and given_query is not None and given_query > self._room:
+        own_query, own_doc = self._caps_of(request)
+        if own_doc is None and own_query is not None and own_query > self._published_query:
             raise ValueError(
-                f"{prefix}max_query_length is {given_query}: a query may have {self._room} tokens, unless "
+                f"{prefix}max_query_length is {own_query}: a query may have {self._published_query} tokens, unless "
                 "max_doc_length says what is left to a document"
             )
-        if given_doc is not None and given_doc + (given_query or 1) > room:
+        widest = self._context - self._frame
+        if own_doc is not None and own_doc + (own_query or 1) > widest:
             raise ValueError(
-                f"{prefix}max_doc_length is {given_doc}: with a query of {given_query or 1} tokens and {self._frame} "
-                f"of the prompt's own that doesn't fit the context of {self._context} tokens"
+                f"{prefix}max_doc_length is {own_doc}: with a query of {own_query or 1} tokens and {self._frame} of "
+                f"the prompt's own that doesn't fit the context of {self._context} tokens"
             )
-        return min(query_cap, room - 1), min(doc_cap, room - 1)
+        return own_query or self._published_query, own_doc or self._room
 
     def estimated_rows(self, request: RerankRequest) -> int:
         query_cap, doc_cap = self.check(request)
-        shared = self._frame + rough_tokens(request.query, query_cap) + rough_tokens(request.instruction or "", doc_cap)
-        return shared + sum(self._frame // 2 + rough_tokens(text, doc_cap) for text in request.texts)
+        query = rough_tokens(request.query, query_cap) + rough_tokens(request.instruction or "", query_cap)
+        # What stands behind the document is every document's own.
+        shared, each = (query, self._after) if self._query_first else (0, self._frame + query)
+        return self._frame + shared + sum(each + rough_tokens(text, doc_cap) for text in request.texts)
 
     def encode_by_slices(self, request: RerankRequest) -> Steps[EncodedRequest]:
-        query_cap, doc_cap = self.check(request)
+        self.check(request)
         query, texts = request.query, request.texts
         if self.prompt.strip:
             query, texts = query.strip(), [text.strip() for text in texts]
-        query_cut = False
-        if request.max_query_length or self._own_caps[0]:
-            kept = self.pieces.texts.cut([query], query_cap)[0]
-            query, query_cut = kept.text, kept.cut
-        # A cap of the caller's own goes before the published one, up to the context.
-        own_cap = request.max_doc_length or self._own_caps[1]
-        most = self._counted(self._context) if own_cap is None else doc_cap
-        filled, cut_here = self._filled(query, request.instruction, None if own_cap is None else doc_cap)
-        query_cut |= cut_here
+        if request.instruction and self.pieces.texts.cut([request.instruction], self.max_query_length)[0].cut:
+            raise ValueError(f"instruction has more than {self.max_query_length} tokens, what a query may have")
+        own_query, own_doc = self._caps_of(request)
+        filled, query_cut = self._filled(query, request.instruction, own_query, own_doc is not None)
         blocks: list[EncodedBlock] = []
         lengths: list[int] = []
         cuts: list[bool] = []
-        gap = " " if filled.label.endswith(" ") else ""
-        label = filled.label[: len(filled.label) - len(gap)]
         for start in range(0, len(texts), 64):
             group = texts[start : start + 64]
             # By one cap for all queries, so that a document seen before is remembered.
-            documents = yield from self.pieces.texts.cut_by_slices([gap + text for text in group], most, True)
-            for text, document in zip(group, documents, strict=True):
-                ids, length, cut = self._document_piece(filled, label, gap + text, document)
+            most = self._counted() if own_doc is None else own_doc
+            for text, own in zip(group, (yield from self._behind(filled.gap, group, most)), strict=True):
+                ids, length = self._document_piece(filled, text, own)
                 ids = np.concatenate([filled.before, ids, filled.after])
                 blocks.append(EncodedBlock(ids, np.array([len(ids) - 1]), None))
                 lengths.append(length)
-                cuts.append(cut)
+                cuts.append(own.cut or length < own.length)
             yield
         return EncodedRequest(
             request, tuple(share(blocks)), tuple(np.array([i]) for i in range(len(blocks))), (0,) * len(blocks),
             tuple(lengths), tuple(cuts), query_cut,
         )  # fmt: skip
 
-    def _document_piece(
-        self, filled: _Filled, label: str, text: str, document: CutText
-    ) -> tuple[np.ndarray, int, bool]:
-        """Ids of the piece that holds the document, how many of them are the document's, and whether it was cut."""
-        pieces, room = self.pieces, filled.room
-        bounded = not text or pieces.is_boundary(label, text)
-        if filled.rest and not document.cut:
-            whole = pieces.encode(label + document.text + filled.rest)
-            if len(whole) <= room:
-                return whole, document.length, False
-        if filled.rest:
-            rest = pieces.piece(filled.rest)
-            kept = document.ids[: max(0, room - len(filled.label_ids) - len(rest))]
-            return np.concatenate([filled.label_ids, kept, rest]), len(kept), True
-        if bounded:
-            whole = np.concatenate([filled.label_ids, document.ids])
-        elif document.cut:
-            most = len(filled.label_ids) + document.length
-            whole = run(pieces.texts.cut_by_slices([label + text], most, True))[0].ids
-        else:  # the document's first characters merge with what stands before them
-            whole = pieces.encode(label + document.text)
-        kept_ids = whole[:room]
-        cut = document.cut or (len(kept_ids) < len(whole) and document.length > 0)
-        return kept_ids, max(0, len(kept_ids) - len(filled.label_ids)), cut
+    def _behind(self, gap: str, texts: Sequence[str], cap: int) -> Steps[list[_Text]]:
+        """Texts behind `gap`, cut to `cap` tokens of their own."""
+        found = yield from self.pieces.texts.cut_by_slices([gap + text for text in texts], cap + len(gap), True)
+        behind = []
+        for text, entry in zip(texts, found, strict=True):
+            # The space is a token of its own before a digit, say, and merges with a word.
+            alone = int(gap != "" and len(entry.ids) > 0 and entry.ids[0] == self.pieces.piece(gap)[0])
+            ids = entry.ids[: cap + alone]
+            cut = entry.cut or len(ids) < len(entry.ids)
+            behind.append(_Text(ids, len(ids) - alone, cut and text != ""))
+        return behind
 
-    def _filled(self, query: str, instruction: str | None, own_doc_cap: int | None) -> tuple[_Filled, bool]:
+    def _document_piece(self, filled: _Filled, text: str, own: _Text) -> tuple[np.ndarray, int]:
+        """Ids of the piece that holds the document, and how many of them are the document's."""
+        pieces, room = self.pieces, filled.room
+        alone, apart = len(own.ids) - own.length, len(filled.label) + len(filled.rest)
+        if filled.texts is not None:
+            label, rest = filled.texts
+            if len(filled.rest):  # encoded as a whole, if nothing of it is cut
+                whole = None if own.cut else pieces.encode(label + filled.gap + text + rest)
+                if whole is not None and len(whole) <= room:
+                    return whole, own.length
+            elif text and not pieces.is_boundary(label, filled.gap + text):  # its first characters merge with the label
+                most = min(room, apart + len(own.ids)) if own.cut else room
+                whole = run(pieces.texts.cut_by_slices([label + filled.gap + text], most, True))[0].ids
+                return whole, min(own.length, max(0, len(whole) - apart - alone))
+        kept = own.ids[: max(0, room - apart)]
+        return np.concatenate([filled.label, kept, filled.rest])[:room], max(0, len(kept) - alone)
+
+    def _filled(
+        self, query: str, instruction: str | None, own_query: int | None, own_doc: bool
+    ) -> tuple[_Filled, bool]:
         """The request's prompt but for its documents, and whether the query was cut."""
         prompt, pieces = self.prompt, self.pieces
         instruction = instruction or prompt.default_instruction
         parts = prompt.pieces if instruction is None else prompt.instructed or prompt.pieces
         values = {"{query}": query, "{instruction}": instruction or ""}
-        # What `max_length` leaves to pieces with texts; `inside` is what stands between them.
-        texts = [n for n, part in enumerate(parts) if _holds_text(part)]
-        outside = sum(len(pieces.fixed(p)) for n, p in enumerate(parts) if n < texts[0] or n > texts[-1])
-        inside = sum(len(pieces.fixed(p)) for n, p in enumerate(parts) if texts[0] < n < texts[-1] and n not in texts)
-        counted = self._counted(self._context) if own_doc_cap is None else self._context - outside
-        room, query_cut = counted - inside, False
+        spans = [n for n, part in enumerate(parts) if _holds_text(part)]
+        between = sum(
+            len(pieces.fixed(part)) for n, part in enumerate(parts) if spans[0] < n < spans[-1] and n not in spans
+        )
+        # A cap of the caller's own for documents widens the prompt up to the context, for them; the query's cap stays.
+        widest, counted = self._context - self._outside - between, self._counted()
+        limit = widest if own_query is not None else counted - between
+        shares = 1.0 if own_query is not None else prompt.query_share
         before: list[np.ndarray] = []
         after: list[np.ndarray] = []
-        label = rest = ""
-        seen = False
+        cut, used, target = False, 0, before
+        label = rest = np.zeros(0, np.int32)
+        texts: tuple[str, str] | None = ("", "")
+        gap = ""
         for number, part in enumerate(parts):
             if "{document}" in part:
-                seen = True
-                label, rest = (substitute(text, values) for text in part.split("{document}"))
-                continue
-            if number in texts:
-                most = min(room, int((counted if own_doc_cap is None else room) * prompt.query_share))
-                found = run(pieces.texts.cut_by_slices([substitute(part, values)], most, True))[0]
-                query_cut |= found.cut
-                room -= len(found.ids)
-                ids = found.ids
+                target = after
+                left, right = part.split("{document}")
+                gap = " " if left.endswith(" ") else ""
+                left = left.removesuffix(" ")
+                label, cut_left = self._piece(left, values, own_query, limit - used)
+                rest, cut_right = self._piece(right, values, own_query, limit - used)
+                cut |= cut_left or cut_right
+                texts = None if cut_left or cut_right else (substitute(left, values), substitute(right, values))
+            elif number in spans:
+                most = min(limit, int((limit if own_query is not None else counted) * shares))
+                ids, cut_here = self._piece(part, values, own_query, most)
+                cut, used = cut or cut_here, used + len(ids)
+                target.append(ids)
             else:
-                ids = pieces.fixed(part)
-            (after if seen else before).append(ids)
-        gap = 1 if label.endswith(" ") else 0
-        own = run(pieces.texts.cut_by_slices([label[: len(label) - gap]], room, True))[0]
-        query_cut |= own.cut
-        if rest and len(own.ids) + len(pieces.encode(rest)) > room:
-            raise ValueError(f"query has more tokens than the {room} that this family's prompt may have")
-        return _Filled(_joined(before), label, own.ids, rest, _joined(after), room), query_cut
+                target.append(pieces.fixed(part))
+        room = (widest if own_doc else limit) - used
+        if len(rest) and len(label) + len(rest) > room:
+            raise ValueError(
+                f"query and instruction have more tokens than the prompt has room for: with its own they are "
+                f"{len(label) + len(rest)}, expected at most {room}"
+            )
+        return _Filled(_joined(before), label, rest, _joined(after), texts, gap, room), cut
 
-    def _counted(self, context: int) -> int:
-        """Tokens that pieces with texts and what stands between them may have together."""
-        most = self.prompt.max_length
+    def _piece(self, part: str, values: dict[str, str], own_query: int | None, most: int) -> tuple[np.ndarray, bool]:
+        """Ids of a part with texts, at most `most`, and whether any were cut off, by that or by the query's cap."""
+        if own_query is not None and "{query}" in part:
+            left, right = part.split("{query}")
+            gap = " " if left.endswith(" ") else ""
+            query = run(self._behind(gap, [values["{query}"]], own_query))[0]
+            if query.cut:
+                left, right = substitute(left.removesuffix(" "), values), substitute(right, values)
+                ids = np.concatenate([self.pieces.encode(left), query.ids, self.pieces.encode(right)])
+                return ids[:most], True
+        found = run(self.pieces.texts.cut_by_slices([substitute(part, values)], max(1, most), True))[0]
+        return found.ids[: max(0, most)], found.cut or len(found.ids) > most
+
+    def _caps_of(self, request: RerankRequest) -> tuple[int | None, int | None]:
+        """Caps of query and document that the request or the configuration gives."""
+        return request.max_query_length or self._own_caps[0], request.max_doc_length or self._own_caps[1]
+
+    def _counted(self) -> int:
+        """Tokens that pieces with texts and what stands between them may have together, as published."""
         if self.prompt.frame_counts:
-            return min(most, context) - self._outside
-        return min(most, context - self._outside)
+            return min(self.prompt.max_length, self._context) - self._outside
+        return min(self.prompt.max_length, self._context - self._outside)
 
-    def _fixed(self, parts: Sequence[str], inside: bool) -> int:
-        """Tokens of the prompt's own: outside of the span of texts, or inside it, labels of texts included."""
-        texts = [n for n, part in enumerate(parts) if _holds_text(part)]
+    def _fixed(self, parts: Sequence[str]) -> int:
+        """Tokens of the prompt's own in some of its pieces, labels of texts included."""
         blank = {"{query}": "", "{document}": "", "{instruction}": self.prompt.default_instruction or ""}
-        return sum(
-            len(self.pieces.fixed(substitute(part, blank)))
-            for n, part in enumerate(parts) if (texts[0] <= n <= texts[-1]) == inside
-        )  # fmt: skip
+        return sum(len(self.pieces.fixed(substitute(part, blank))) for part in parts)
+
+
+def _frame_of(parts: Sequence[str]) -> list[str]:
+    """Pieces before the first text and after the last."""
+    spans = [n for n, part in enumerate(parts) if _holds_text(part)]
+    return [part for n, part in enumerate(parts) if not spans[0] <= n <= spans[-1]]
 
 
 def _holds_text(part: str) -> bool:

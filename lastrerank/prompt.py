@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from lastrerank.request import RerankRequest
 from lastrerank.texts import Steps, TextEncoder
 
-# Shorter prefixes aren't worth a second range of keys.
-_LEAST_SHARED = 8
+# A shared beginning is worth a second range of keys where it is this share of a prompt, and at least so many rows.
+_LEAST_SHARE, _LEAST_SHARED = 1 / 32, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,25 +36,34 @@ class Prefix:
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """One prompt. ids: int32 `[T]`. doc_rows: int64 `[N]`, the row read for each document. query_row: the last row,
-    where one is read for the query. early_query_row: the marker after the first query, in prompts that have one
-    (training reads it). prefix: what its first ids share with other prompts of the request; no row is read there."""
+    """One prompt. own_ids: int32, all of it but what `prefix` holds. doc_rows: int64 `[N]`, the row of the prompt that
+    is read for each document. query_row: the last row, where one is read for the query. early_query_row: the marker
+    after the first query, in prompts that have one (training reads it). prefix: what its first ids share with other
+    prompts of the request; no row is read there."""
 
-    ids: np.ndarray
+    own_ids: np.ndarray
     doc_rows: np.ndarray
     query_row: int | None
     early_query_row: int | None = None
     prefix: Prefix | None = None
 
+    def __len__(self) -> int:
+        """Ids of the prompt."""
+        return len(self.own_ids) + (0 if self.prefix is None else len(self.prefix.ids))
+
     @property
-    def own_length(self) -> int:
-        """Ids beyond the shared ones."""
-        return len(self.ids) - (0 if self.prefix is None else len(self.prefix.ids))
+    def ids(self) -> np.ndarray:
+        """int32 `[T]`, the whole prompt."""
+        return self.own_ids if self.prefix is None else np.concatenate([self.prefix.ids, self.own_ids])
 
     @property
     def read_rows(self) -> np.ndarray:
         """int64: the documents' rows and then the query's."""
         return self.doc_rows if self.query_row is None else np.append(self.doc_rows, self.query_row)
+
+    def alone(self) -> EncodedBlock:
+        """The same prompt, sharing nothing."""
+        return replace(self, own_ids=self.ids, prefix=None)
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,17 @@ class EncodedRequest:
     @property
     def num_tokens(self) -> int:
         """Prompt tokens of all blocks."""
-        return sum(len(block.ids) for block in self.blocks)
+        return sum(len(block) for block in self.blocks)
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of one pass over all blocks: what they share counts once."""
-        return PassRows().add(*self.blocks)
+    def rows(self, budget: int) -> int:
+        """Rows of all passes, each of at most `budget` rows where it can be (see `PassRows`): what the prompts of one
+        pass share counts once."""
+        total, rows = 0, PassRows()
+        for block in self.blocks:
+            if not rows.fits(block, budget):
+                total, rows = total + rows.total, PassRows()
+            rows.add(block)
+        return total + rows.total
 
 
 class RequestEncoder(Protocol):
@@ -114,20 +128,27 @@ class PassRows:
 
     def __init__(self) -> None:
         self.total = 0
-        self._there: set[Prefix] = set()
+        self._prefixes: set[Prefix | None] = set()
 
-    def with_block(self, block: EncodedBlock) -> int:
-        """Rows if this block is added."""
-        shared = 0 if block.prefix is None or block.prefix in self._there else len(block.prefix.ids)
-        return self.total + block.own_length + shared
+    def fits(self, block: EncodedBlock, budget: int) -> bool:
+        """Whether the pass stays within `budget` rows with this block, too, or is empty. A pass whose blocks all share
+        one beginning may have as many other rows as that has: apart they would compute it again each."""
+        if not self.total:
+            return True
+        total = self.total + self._rows_of(block)
+        if block.prefix is not None and self._prefixes == {block.prefix}:
+            budget = max(budget, 2 * len(block.prefix.ids))
+        return total <= budget
 
     def add(self, *blocks: EncodedBlock) -> int:
         """Add blocks; returns the rows there are now."""
         for block in blocks:
-            self.total = self.with_block(block)
-            if block.prefix is not None:
-                self._there.add(block.prefix)
+            self.total += self._rows_of(block)
+            self._prefixes.add(block.prefix)
         return self.total
+
+    def _rows_of(self, block: EncodedBlock) -> int:
+        return len(block.own_ids) if block.prefix in self._prefixes else len(block)
 
 
 def share(blocks: Sequence[EncodedBlock]) -> list[EncodedBlock]:
@@ -141,13 +162,16 @@ def share(blocks: Sequence[EncodedBlock]) -> list[EncodedBlock]:
         first = blocks[members[0]].ids
         length = min(int(blocks[number].read_rows[0]) for number in members) if len(members) > 1 else 0
         for number in members[1:]:
-            length = min(length, len(first), len(blocks[number].ids))
-            differs = np.flatnonzero(first[:length] != blocks[number].ids[:length])
+            ids = blocks[number].ids
+            length = min(length, len(first), len(ids))
+            differs = np.flatnonzero(first[:length] != ids[:length])
             length = int(differs[0]) if len(differs) else length
-        if length >= _LEAST_SHARED:
-            prefix = Prefix(first[:length])
+        rows = sum(len(blocks[number]) for number in members)
+        if length >= max(_LEAST_SHARED, _LEAST_SHARE * rows / len(members)):
+            prefix = Prefix(first[:length].copy())
             for number in members:
-                shared[number] = replace(blocks[number], prefix=prefix)
+                block = blocks[number]
+                shared[number] = replace(block, own_ids=block.own_ids[length:].copy(), prefix=prefix)
     return shared
 
 

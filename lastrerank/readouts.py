@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from lastrerank.ops import Operations
-from lastrerank.packing import readout
+from lastrerank.packing import readout_maps
 
 
 class Readout(Protocol):
@@ -47,7 +47,7 @@ class Projector:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Readout`."""
         numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-        where = readout(counts, [numbers[owner] for owner in owners], hidden.device)
+        where = readout_maps(counts, [numbers[owner] for owner in owners], hidden.device)
         vectors, _, scores = ops.score(
             hidden, where.doc_rows, where.query_rows, where.doc_sequence, where.sequence_request, norm,
             self.w1, self.w2, eps,

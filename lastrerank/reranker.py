@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -158,6 +158,11 @@ class Reranker:
     def __deepcopy__(self, memo: Any) -> Reranker:
         """Nothing in it is ever changed by who holds it."""
         return self
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Rows of a pass when the caller doesn't say."""
+        return _BATCH_TOKENS[self.device.type]
 
     def identity(self) -> dict[str, Any]:
         """What makes a score with these weights what it is, for whoever keeps results: the model's name, a SHA-256 of
@@ -323,8 +328,8 @@ class Reranker:
         `quantization_config`. Loaded with dtype "int8" it gives the same scores; with another, those of the quantised
         weights.
 
-        A family that scores by logits is saved as a classifier of one output (`score.weight`, fp32), which
-        Transformers reads as such.
+        A family that scores by logits is saved as a classifier of one output (`score.weight`, in fp32 whatever the
+        dtype is), which Transformers reads as such, in the dtype that it is told.
 
         Raises:
             ValueError: the weights are quantised in a way that isn't saved (float8), or the family is one's own.
@@ -340,8 +345,7 @@ class Reranker:
         else:
             kept = ("score.weight",)  # fp32, whatever the dtype is
             state = {n: tensor if n in kept else tensor.to(DTYPES[self.dtype]) for n, tensor in state.items()}
-        if not isinstance(self.family.readout, Cosine):
-            raw = self._as_classifier(raw)
+        raw = self._with_family(raw)
         limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.max_context}
         saving.save(
             folder, {name: value for name, value in raw.items() if name != "quantization_config" or value},
@@ -349,16 +353,23 @@ class Reranker:
             hub_id=source.name if "/" in source.name else None,
         )  # fmt: skip
 
-    def _as_classifier(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration of a decoder whose head is one row: what it was made from isn't kept."""
+    def _with_family(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of a save, which says what it is whatever its folder is called. A family that reads logits
+        is saved as a classifier of one output: what its row was made from isn't kept."""
         if FAMILIES.get(self.family.name) != self.family:
             raise ValueError(f"family {self.family.name!r} is none of {list(FAMILIES)}: whoever loads it couldn't tell")
-        architecture = f"{raw['model_type'].capitalize()}ForSequenceClassification"
-        own = {n: v for n, v in (raw.get("lastrerank") or {}).items() if n != "template"} | {"family": self.family.name}
-        dropped = ("auto_map", "num_labels")
-        return {n: v for n, v in raw.items() if n not in dropped} | {
-            "architectures": [architecture], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "lastrerank": own
-        }
+        own = {n: v for n, v in (raw.get("lastrerank") or {}).items() if n not in ("family", "template")}
+        if self.family != FAMILIES["listwise"]:  # which is known by its projector
+            own["family"] = self.family.name
+        raw = {n: v for n, v in raw.items() if n != "lastrerank"} | ({"lastrerank": own} if own else {})
+        if isinstance(self.family.readout, Cosine):
+            return raw
+        padding = self.checkpoint.tokenizer.token_to_id("<|endoftext|>")
+        return {n: v for n, v in raw.items() if n not in ("auto_map", "num_labels")} | {
+            "architectures": [f"{raw['model_type'].capitalize()}ForSequenceClassification"],
+            "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0},
+            "pad_token_id": padding if raw.get("pad_token_id") is None else raw["pad_token_id"],
+        }  # fmt: skip
 
     # What an engine calls
 
@@ -368,7 +379,10 @@ class Reranker:
 
     def encode_by_slices(self, request: RerankRequest) -> Steps[EncodedRequest]:
         """The same as a generator that yields after each slice of the work."""
-        return (yield from self.encoder.encode_by_slices(request))
+        encoded = yield from self.encoder.encode_by_slices(request)
+        if self.deterministic:  # every block is a pass of its own
+            encoded = replace(encoded, blocks=tuple(block.alone() for block in encoded.blocks))
+        return encoded
 
     def score_encoded(
         self,
@@ -385,7 +399,7 @@ class Reranker:
         Raises:
             RuntimeError: a score is not finite (the dtype overflowed); nothing is returned then.
         """
-        budget = _BATCH_TOKENS[self.device.type] if max_batch_tokens is None else max_batch_tokens
+        budget = self.max_batch_tokens if max_batch_tokens is None else max_batch_tokens
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
             raise ValueError(f"max_batch_tokens is {budget!r}, expected an integer of at least 1")
         results: dict[int, Scored] = {}
@@ -570,11 +584,11 @@ def _blocks_of(
 def _passes(
     blocks: Iterator[tuple[int, EncodedBlock]], budget: int
 ) -> Iterator[list[tuple[int, EncodedBlock]]]:
-    """Blocks in order, grouped so that a group has at most `budget` rows or a single block."""
+    """Blocks in order, grouped so that each group is a pass of at most `budget` rows where it can be."""
     group: list[tuple[int, EncodedBlock]] = []
     rows = PassRows()
     for number, block in blocks:
-        if group and rows.with_block(block) > budget:
+        if not rows.fits(block, budget):
             yield group
             group, rows = [], PassRows()
         group.append((number, block))

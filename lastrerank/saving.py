@@ -31,7 +31,8 @@ _INT8_MAX = 64
 # in the folder stays. Beside these go the weights that an index names and the Python files that `auto_map` names.
 _CHECKPOINT_FILES = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|"
-    r"added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.\w+|"
+    r"added_tokens\.json|vocab\.json|merges\.txt|tokenizer\.model|chat_template\.\w+|modules\.json|"
+    r"config_sentence_transformers\.json|sentence_bert_config\.json|"
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.(index\.json|partial)|"
     r"pytorch_model.*\.bin|pytorch_model\.bin\.index\.json|adapter_config\.json|adapter_model\.\w+"
 )

@@ -103,4 +103,5 @@ def _requests(lists: int, documents: int, doc_tokens: int, reranker: Reranker) -
 
 
 def _scores(reranker: Reranker, requests: list[RerankRequest]) -> np.ndarray:
-    return np.concatenate([s.scores for s in reranker.score_encoded([reranker.encode(r) for r in requests])])
+    found = reranker.score_encoded([reranker.encode(r) for r in requests])
+    return np.concatenate([scored.scores if scored.raw is None else scored.raw for scored in found])

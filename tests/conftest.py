@@ -20,6 +20,13 @@ import bench  # noqa: E402, F401 (finds the kernels of a checkout that isn't ins
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What a module runs in a process of its own, for minutes, is started before the first test."""
+    for module in dict.fromkeys(getattr(item, "module", None) for item in session.items):
+        if hasattr(module, "start_beside_the_others") and not session.config.option.collectonly:
+            module.start_beside_the_others()
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[dict[str, str]]:
     """Real snippets in ten languages, with `lang`, `kind` and `text`."""

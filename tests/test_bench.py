@@ -40,6 +40,17 @@ def test_end_to_end_writes_results_and_a_plot(results, capsys):
     assert (results / "x.png").stat().st_size > 1000
 
 
+def test_end_to_end_of_pairs(results):
+    """The card's way, ours, and ours without sharing: the same raw scores."""
+    providers = ["transformers-sdpa-float32", "lastrerank-reference-float32", "lastrerank-native-unshared-float32"]
+    bench.end_to_end.main(
+        ["--shape", "tiny-qwen3", "--runs", "2", "--workloads", "512 tokens", "--name", "x", "--providers", *providers]
+    )
+    report = json.loads((results / "x.json").read_text())
+    assert [row["provider"] for row in report["rows"]] == providers
+    assert all(row["tokens_per_s"] > 0 and row["max_difference"] < 1e-4 for row in report["rows"])
+
+
 @pytest.mark.parametrize(
     ("provider", "module", "bound"),
     [("openvino-float32", "openvino", 5e-6), ("onnxruntime-float32", "onnxruntime", 5e-6),

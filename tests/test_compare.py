@@ -23,7 +23,7 @@ from lastrerank.random_checkpoint import small_tokenizer, texts_for, write_rando
 class Fixed:
     """Ranks by a rule; counts what it was asked for."""
 
-    parameters = 7
+    parameters, max_doc_length = 7, None
 
     def __init__(self, name, reverse=False):
         self.name, self.reverse, self.lists = name, reverse, 0
@@ -86,6 +86,8 @@ def test_bad_comparisons_are_named(dataset_folder, tmp_path):  # noqa: F811
         compare({"a": lambda: Fixed("a")}, [dataset_folder], tmp_path)
     with pytest.raises(ValueError, match="expected names that make different folders"):
         compare({"a/b": lambda: Fixed("a"), "a b": lambda: Fixed("b")}, [dataset_folder], tmp_path)
+    with pytest.raises(ImportError, match=r"pylate is not installed: pip install pylate"):
+        contenders.peer("late-interaction:x")
     for name in ("bge", "cross-encoder:", "bert:x"):
         with pytest.raises(ValueError, match=r"expected one of \['cross-encoder:ID', 'late-interaction:ID'\]"):
             contenders.peer(name)
@@ -110,6 +112,10 @@ def test_the_command(dataset_folder, tmp_path, small, pointwise, small_reranker)
     assert [row["parameters"] for row in report["rows"][1:]] == [
         Own(small_reranker).parameters, report["rows"][2]["parameters"]]  # fmt: skip
     assert [row.get("resumed") for row in report["rows"]] == [None, 6, 6]
+    capped = CliRunner().invoke(
+        app, ["eval", str(dataset_folder), "--peer", "cross-encoder:x", "--max-doc-length", "5", "--model", str(small)]
+    )
+    assert capped.exit_code == 2 and ("cuts by its own tokenizer" in capped.output or "pip install" in capped.output)
     twice = CliRunner().invoke(app, ["eval", str(dataset_folder), "--model", str(small), "--model", str(small)])
     assert twice.exit_code == 2 and "expected different names" in twice.output
     bad = CliRunner().invoke(app, ["eval", str(dataset_folder), "--peer", "x:y", "--split", "dev"])
@@ -134,7 +140,9 @@ def test_a_late_interaction_model(monkeypatch):
             self.weight = torch.nn.Parameter(torch.ones(3, 2))
 
         def encode(self, texts, is_query, show_progress_bar):
-            return [np.array([[1.0, 0.0], [0.0, 1.0]]) if is_query else np.array([[len(t), 1.0]]) for t in texts]
+            if is_query:
+                return [np.array([[1.0, 0.0], [0.0, 1.0]]) for _ in texts]
+            return [np.array([[float("nan") if t == "nan" else len(t), 1.0]]) for t in texts]
 
     module = types.ModuleType("pylate")
     module.models = types.SimpleNamespace(ColBERT=ColBERT)
@@ -144,5 +152,7 @@ def test_a_late_interaction_model(monkeypatch):
     assert peer.parameters == 6 and peer.identity()["backend"] == "pylate 1.0"
     found = peer.rank([("q", ["a", "abc", "ab"]), ("q", [])], None)
     assert found == [RankedList([1, 2, 0], [4.0, 3.0, 2.0], 5), RankedList([], [], 2)]
+    with pytest.raises(RuntimeError, match="scores are not finite"):
+        peer.rank([("q", ["a", "nan"])], None)
     with pytest.raises(ValueError, match="max_doc_length is 5: late-interaction:some/model cuts by its own"):
         peer.rank([("q", ["a"])], 5)

@@ -121,14 +121,14 @@ def test_shared_prefixes_change_no_score(make, documents, monkeypatch, name, bac
     request = RerankRequest("which page has tables", documents[:30])
     encoded = reranker.encode(request)
     rows = len(pack(encoded.blocks, reranker.device).ids)
-    assert rows == encoded.num_rows
+    assert rows == encoded.rows(10**6)
     # Frame and query once, every document with its suffix.
     shared = len(encoded.blocks[0].prefix.ids) if encoded.blocks[0].prefix else 0
     assert rows == encoded.num_tokens - 29 * shared
     if name != "ctxl-rerank-v2":
         query = len(reranker.encoder.pieces.texts.encode([request.query])[request.query])
         assert shared >= query + 5
-    alone = replace(encoded, blocks=tuple(replace(block, prefix=None) for block in encoded.blocks))
+    alone = replace(encoded, blocks=tuple(block.alone() for block in encoded.blocks))
     apart = reranker.score_encoded([alone])[0].raw
     together = reranker.score_encoded([encoded])[0].raw
     np.testing.assert_allclose(together, apart, rtol=0, atol=1e-5)
@@ -164,15 +164,15 @@ def test_rows_are_those_of_the_table(documents):
             except StopIteration as end:
                 encoded = end.value
         assert set(encoded.doc_tokens) == {128}
-        assert abs(1 - encoded.num_rows / encoded.num_tokens - saved) < 0.01, (name, query)
+        assert abs(1 - encoded.rows(10**6) / encoded.num_tokens - saved) < 0.01, (name, query)
 
 
 def test_listwise_blocks_of_one_size_and_orders_share(small_reranker, documents):
     encoded = small_reranker.encode(RerankRequest("tables", documents[:9], block_size=3))
     assert len({block.prefix for block in encoded.blocks}) == 1 and encoded.blocks[0].prefix is not None
-    assert encoded.num_rows < encoded.num_tokens - 2 * 100
+    assert encoded.rows(10**6) < encoded.num_tokens - 2 * 100
     encoded = small_reranker.encode(RerankRequest("tables", documents[:9], orders=3))
-    assert encoded.num_rows < encoded.num_tokens - 2 * 100
+    assert encoded.rows(10**6) < encoded.num_tokens - 2 * 100
     # The same first document: what is read there is read in every order.
     encoded = small_reranker.encode(RerankRequest("tables", ["same", "same"], orders=2))
     assert len(encoded.blocks[0].prefix.ids) <= encoded.blocks[0].doc_rows[0]
@@ -236,11 +236,44 @@ def test_the_budget_counts_a_prefix_once(make, documents):
     passes = []
     original = reranker.read_rows
     reranker.read_rows = lambda blocks, on_layer=None: passes.append(len(blocks)) or original(blocks, on_layer)
-    reranker.score_encoded([encoded], max_batch_tokens=encoded.num_rows)
+    rows = encoded.rows(10**6)
+    reranker.score_encoded([encoded], max_batch_tokens=rows)
     assert passes == [6]
     passes.clear()
-    reranker.score_encoded([encoded], max_batch_tokens=encoded.num_rows - 1)
-    assert passes == [5, 1]
+    reranker.score_encoded([encoded], max_batch_tokens=rows - 1)
+    assert passes == [5, 1] and encoded.rows(rows - 1) == rows + len(encoded.blocks[0].prefix.ids)
+    # Beside a beginning that alone fills the budget there is as much room again.
+    passes.clear()
+    long = reranker.encode(RerankRequest("chart " * 200, ["a", "b", "c", "d"]))
+    reranker.score_encoded([long], max_batch_tokens=1)
+    assert passes == [4]
+
+
+def test_the_engine_keeps_what_is_shared_together(make, documents):
+    """Several requests under load: a turn is several documents of one, and what is reserved is what is computed."""
+    reranker = Reranker.from_pretrained(make())
+    requests = [
+        RerankRequest(f"which of the pages {n} has charts", documents[:30], max_doc_length=20) for n in range(6)
+    ]
+    alone = sum(len(block) for r in requests for block in reranker.encode(r).blocks)
+    with Engine(reranker, max_batch_tokens=1000, max_wait=1.0) as engine:
+        futures = engine.submit_many(requests)
+        expected = [reranker.rerank_many([r])[0] for r in requests]
+        for future, results in zip(futures, expected, strict=True):
+            np.testing.assert_allclose(raw_scores(future.result().results), raw_scores(results), rtol=0, atol=1e-5)
+        assert engine.statistics.tokens < 0.55 * alone
+    reserved = sum(reranker.encode(r).rows(1000) for r in requests)
+    assert engine.statistics.tokens < 1.25 * reserved
+
+
+def test_the_engine_reserves_what_it_computes(make, documents):
+    """A beginning longer than a pass, and deterministic passes: neither gets round the bound of a request."""
+    reranker = Reranker.from_pretrained(make())
+    request = RerankRequest("word " * 500, documents[:20])
+    assert reranker.encode(request).rows(100) < 3 * reranker.encode(request).rows(10**6)
+    apart = Reranker.from_pretrained(make(), deterministic=True)
+    encoded = apart.encode(request)
+    assert encoded.rows(10**6) == encoded.num_tokens and all(block.prefix is None for block in encoded.blocks)
 
 
 # Dtypes, saves
@@ -267,6 +300,24 @@ def test_a_save_gives_the_same_scores(make, documents, tmp_path, case, dtype):
         assert theirs.classifier
         expected = theirs.scores("chart", documents[:5])
         np.testing.assert_allclose(raw_scores(before), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_listwise_save_keeps_its_family(small, documents, tmp_path):
+    loaded = Reranker.from_pretrained(small, family="listwise-gguf")
+    loaded.save_pretrained(tmp_path / "saved")
+    again = Reranker.from_pretrained(tmp_path / "saved")
+    assert again.family == FAMILIES["listwise-gguf"]
+    assert again.rerank("chart", documents[:3]) == loaded.rerank("chart", documents[:3])
+    own = replace(FAMILIES["listwise"], prompt=replace(FAMILIES["listwise"].prompt, control_tokens_in_text=True))
+    with pytest.raises(ValueError, match="'listwise' is none of"):
+        Reranker.from_pretrained(small, family=own).save_pretrained(tmp_path / "own")
+
+
+def test_prompt_and_readout_must_fit():
+    with pytest.raises(ValueError, match="has a ListPrompt and a Logit"):
+        replace(FAMILIES["listwise"], readout=FAMILIES["zerank"].readout)
+    with pytest.raises(ValueError, match="has a PairPrompt and a Cosine"):
+        replace(FAMILIES["zerank"], readout=FAMILIES["listwise"].readout)
 
 
 def test_a_family_of_ones_own_is_not_saved_as_another(make, tmp_path):
@@ -324,13 +375,23 @@ def test_a_family_is_named_or_in_the_files(bare):
     assert Reranker.from_pretrained(folder, family=FAMILIES["ctxl-rerank-v2"]).family.name == "ctxl-rerank-v2"
     with pytest.raises(ValueError, match="family is 'qwen', expected one of"):
         Reranker.from_pretrained(folder, family="qwen")
+    prompts = {"a": "qwen3-reranker", "b": "mxbai-rerank-v2", "d": "ctxl-rerank-v2"}
     for name, ids in (("a", (9693, 2152)), ("b", (16, 15)), ("c", (9454, None)), ("d", (0, None))):
-        logits = dict(zip(("true_token_id", "false_token_id"), ids, strict=True))
-        found = Reranker.from_pretrained(bare(name, logits=logits)).family
-        assert found.token_ids == ids
+        folder = bare(name, logits=dict(zip(("true_token_id", "false_token_id"), ids, strict=True)))
+        with pytest.raises(ValueError, match="no family says how"):  # others read these logits, too
+            Reranker.from_pretrained(folder)
+        if name in prompts:
+            text = FAMILIES[prompts[name]].signature
+            (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": text}}))
+            assert Reranker.from_pretrained(folder).family.token_ids == ids
+    assert Reranker.from_pretrained(bare("zerank-1", logits={"true_token_id": 9454})).family.name == "zerank"
+    with pytest.raises(ValueError, match=r"token ids are \(False, None\), expected integers or null"):
+        Reranker.from_pretrained(bare("h", logits={"true_token_id": False}))
+    with pytest.raises(ValueError, match=r"lastrerank.family 'zerank', lastrerank.template 'listwise'"):
+        Reranker.from_pretrained(bare("i", config={"lastrerank": {"family": "zerank", "template": "transformers"}}))
     with pytest.raises(ValueError, match=r"true_token_id and false_token_id are \(5, 6\), those of no family"):
         Reranker.from_pretrained(bare("e", logits={"true_token_id": 5, "false_token_id": 6}))
-    with pytest.raises(ValueError, match=r"its family is contradictory .*'mxbai-rerank-v2', its name 'zerank'"):
+    with pytest.raises(ValueError, match=r"its family is contradictory .its name 'zerank', .*'mxbai-rerank-v2'"):
         Reranker.from_pretrained(bare("zerank-2", logits={"true_token_id": 16, "false_token_id": 15}))
     with pytest.raises(ValueError, match=r"lastrerank\.family is 'x', expected one of"):
         Reranker.from_pretrained(bare("g", config={"lastrerank": {"family": "x"}}))

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import truth
-from packs import CONTINUED, prefixes_of
+from packs import prefixes_of
 
 from lastrerank import ops
 
@@ -19,15 +19,11 @@ def varlen(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size=(-1, -1)
 ):  # fmt: skip
     """flash-attn's documented meaning of its arguments, by the literal truth of the tests."""
-    lengths, key_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    assert causal and max_seqlen_q == max(lengths) and max_seqlen_k == max(key_lengths)
+    assert causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+    lengths = cu_seqlens_q.diff().tolist()
+    assert max_seqlen_q == max(lengths)
     left, _right = window_size
-    window = None if left < 0 else left + 1
-    if lengths == key_lengths:
-        return truth.attention(q, k, v, lengths, window, softmax_scale), "the softmax's logarithms"
-    # Fewer queries than keys: they are the last ones of their sequence.
-    rows = torch.cat([end - torch.arange(n, 0, -1) for end, n in zip(cu_seqlens_k[1:], lengths, strict=True)])
-    return truth.attention(q, k, v, key_lengths, window, softmax_scale, rows), "the softmax's logarithms"
+    return truth.attention(q, k, v, lengths, None if left < 0 else left + 1, softmax_scale), "the softmax's logarithms"
 
 
 @pytest.fixture
@@ -52,17 +48,15 @@ def test_attention_means_the_same(operations, window):
     truth.assert_error_rule(q, expected, plain)
 
 
-@pytest.mark.parametrize(("seqlens", "continued"), CONTINUED, ids=str)
-@pytest.mark.parametrize("window", [None, 7, 100])
-@torch.inference_mode()
-def test_sequences_that_continue_others(operations, seqlens, continued, window):
-    q, k, v = (torch.randn(sum(seqlens), heads, 64) for heads in (4, 2, 2))
-    cu = torch.tensor([0, *seqlens]).cumsum(0).int()
-    prefixes = prefixes_of(seqlens, continued, q.device)
-    expected = truth.attention(*truth.upcast(q, k, v), seqlens, window, 0.125, None, prefixes.host)
-    plain = truth.attention(q, k, v, seqlens, window, 0.125, None, prefixes.host)
-    result = operations.attention(q, k, v, cu, tuple(seqlens), window, 0.125, prefixes=prefixes)
-    truth.assert_error_rule(result, expected, plain)
+def test_sequences_that_continue_others_go_through_our_kernel(operations, monkeypatch):
+    from lastrerank.ops.triton import TritonOperations
+
+    seen = []
+    monkeypatch.setattr(TritonOperations, "attention", lambda self, *arguments: seen.append(arguments))
+    q, k, v = (torch.randn(9, heads, 64) for heads in (4, 2, 2))
+    cu, prefixes = torch.tensor([0, 4, 9]).int(), prefixes_of([4, 5], [None, 0], q.device)
+    operations.attention(q, k, v, cu, (4, 5), None, 0.125, prefixes=prefixes)
+    assert seen[0][-1] is prefixes
 
 
 def test_absent_library_is_named(monkeypatch):

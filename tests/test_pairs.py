@@ -171,7 +171,7 @@ def test_cuts_at_every_length(qwen, monkeypatch, documents, name):
         for block, document in zip(found.blocks, texts, strict=True):
             assert block.ids.tolist() == pairs.FAMILIES[name][0](qwen, query, document)
             assert block.ids[-5:].tolist() == suffix
-        whole = [len(pairs._ids(qwen, " " + document)) for document in texts]
+        whole = [len(pairs._ids(qwen, document)) for document in texts]
         assert [n < w for n, w in zip(found.doc_tokens, whole, strict=True)] == list(found.cut)
     assert found.query_cut and not encoded(encoders[name], "short", texts).query_cut
 
@@ -193,7 +193,7 @@ def test_cuts_at_the_published_cap(qwen, encoders, name):
 def test_a_long_query_leaves_a_prompt(qwen, encoders):
     for name in POINTWISE:
         if name == "ctxl-rerank-v2":  # nothing but the document is cut there
-            with pytest.raises(ValueError, match="query has more tokens than the 8192"):
+            with pytest.raises(ValueError, match="query and instruction have more tokens .* at most 8192"):
                 encoded(encoders[name], "word " * 9000, ["d"])
             continue
         found = encoded(encoders[name], "word " * 9000, ["a document"])
@@ -230,8 +230,56 @@ def test_own_caps(qwen):
     assert short.blocks[0].ids.tolist() == pairs.qwen3(qwen, "a b c", "one two three four five six seven")
 
 
+def test_a_cap_of_documents_leaves_the_querys(qwen, encoders):
+    """What a document may have changes nothing of a query that is too long."""
+    for name in ("qwen3-reranker", "mxbai-rerank-v2", "zerank"):
+        plain = encoded(encoders[name], "word " * 20_000, ["d"])
+        capped = encoded(encoders[name], "word " * 20_000, ["d e f g"], max_doc_length=2)
+        assert plain.query_cut and capped.query_cut
+        assert len(plain.blocks[0].ids) <= len(capped.blocks[0].ids) <= len(plain.blocks[0].ids) + 2
+
+
+def test_caps_count_the_texts_own_tokens(qwen, encoders):
+    """Not the space before them, which is a token of its own before a digit; an empty text is never cut."""
+    for name in POINTWISE:
+        found = encoded(encoders[name], "q", ["", "1 a", "12345", "a b"], max_doc_length=1)
+        assert found.doc_tokens == (0, 1, 1, 1) and found.cut == (False, True, True, True)
+        one = encoded(encoders[name], "q", ["1"]).blocks[0].ids.tolist()
+        assert found.blocks[1].ids.tolist() == found.blocks[2].ids.tolist() == one or name == "ctxl-rerank-v2"
+        whole = encoded(encoders[name], "q", ["", "1 a", "12345", "a b"])
+        assert whole.doc_tokens[0] == 0 and whole.doc_tokens[2:] == (5, 2) and not any(whole.cut)
+
+
+def test_a_capped_query_is_cut_at_its_ids(qwen):
+    """In the middle of a character, which decoding would replace by another."""
+    encoder = encoder_of(qwen, "qwen3-reranker")
+    for cap in range(1, 9):
+        ids = encoded(encoder, "a🫠🫠 1", ["d"], max_query_length=cap).blocks[0].ids.tolist()
+        bare = pairs._ids(qwen, " a🫠🫠 1")[:cap]
+        label, rest = (pairs._ids(qwen, text) for text in ("\n<Query>:", "\n<Document>: d"))
+        where = next(n for n in range(len(ids)) if ids[n : n + len(label)] == label) + len(label)
+        assert ids[where : where + len(bare)] == bare and ids[where + len(bare) :][: len(rest)] == rest
+
+
+def test_caps_of_the_configuration_are_checked_at_once(qwen):
+    prompt = FAMILIES["qwen3-reranker"].prompt
+    for name, cap in (("max_query_length", 9000), ("max_doc_length", 50_000)):
+        config = ModelConfig.from_dict({**SHAPE, "lastrerank": {name: cap}})
+        with pytest.raises(ValueError, match=rf"config\.json: lastrerank\.{name} is {cap}"):
+            prompt.encoder(qwen, config)
+
+
+def test_rows_are_estimated(qwen, encoders):
+    """Before texts are tokenised: within a half of what there will be, with the query once or with every document."""
+    texts = [f"{n} " + "a page about charts and tables " * 10 for n in range(10, 50)]
+    for name in POINTWISE:
+        request = RerankRequest("where are charts " * 30, texts)
+        rows = encoded(encoders[name], request.query, texts).rows(10**6)
+        assert 0.5 * rows < encoders[name].estimated_rows(request) < 1.6 * rows, name
+
+
 BAD = [
-    (dict(return_embeddings=True), "return_embeddings is True, .*no vectors"),
+    (dict(return_embeddings=True), "return_embeddings is True, .*one number of one row"),
     (dict(block_size=3), "block_size is 3, .*prompt of its own"),
     (dict(orders=2), "orders is 2, .*order changes nothing"),
     (dict(max_query_length=8145), "max_query_length is 8145: a query may have 8[01]"),
@@ -244,6 +292,17 @@ BAD = [
 def test_what_a_pair_has_not_is_refused(qwen, options, message):
     with pytest.raises(ValueError, match=rf"requests\[2\]\.{message}"):
         encoder_of(qwen, "qwen3-reranker").check(RerankRequest("q", ["d"], **options), "requests[2].")
+
+
+def test_long_instructions_are_refused(encoders):
+    with pytest.raises(ValueError, match=r"instruction has more than \d+ tokens, what a query may have"):
+        encoded(encoders["qwen3-reranker"], "q", ["d"], instruction="word " * 9000)
+
+
+def test_pieces_that_would_lose_their_control_tokens_are_refused(qwen):
+    """A piece with a text is encoded as plain text throughout."""
+    with pytest.raises(ValueError, match="holds a text and a control token"):
+        encoder_of(qwen, "zerank", pieces=("<|im_start|>{query}", "{document}"), instructed=None)
 
 
 def test_families_without_instructions_refuse_one(qwen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 from lastrerank.evaluation.contenders import Contender
 from lastrerank.evaluation.report import evaluate, pyplot
-from lastrerank.kept import write_file
+from lastrerank.kept import read_records, write_file
 
 # nDCG@10 as the papers and cards give it, beside what is measured: means over whole benchmarks, each by its author's
 # harness and first stage. jina: the card of jina-reranker-v3 (arXiv 2509.25085) and of v3.5.
@@ -51,6 +52,8 @@ def compare(
     Raises:
         ValueError: fewer than two models, or what `evaluate` raises.
     """
+    import scipy.stats  # noqa: F401 (what is missing shows before any work is done)
+
     if len(contenders) < 2:
         raise ValueError(f"{len(contenders)} model, expected two or more to compare")
     target = Path(output)
@@ -69,13 +72,14 @@ def compare(
                 rows.append(row | {"model": name, "parameters": contender.parameters, **_run_by(report["settings"])})
             elif number == 0:
                 rows.append(row | {"model": "first stage", "ranking": ""})
-        lines = (target / slugs[name] / "per_query.jsonl").read_text(encoding="utf-8").splitlines()
-        for line in map(json.loads, lines):
+        for line in read_records(target / slugs[name] / "per_query.jsonl"):
             if line["ranking"] != "first stage":
                 where = each.setdefault((line["dataset"], line["ranking"]), {})
                 where.setdefault(name, {})[line["query"]] = line["nDCG@10"]
         del contender
-    rows.sort(key=lambda row: [str(f["dataset"]) for f in rows].index(row["dataset"]))
+        gc.collect()  # models of other libraries hold themselves in circles
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    rows.sort(key=lambda row: datasets.index(row["dataset"]))
     differences = [
         {"dataset": dataset, "ranking": ranking, "model": b, "against": a, **_paired(by_model[a], by_model[b])}
         for (dataset, ranking), by_model in each.items() for a, b in combinations(by_model, 2)
@@ -92,12 +96,12 @@ def _run_by(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _paired(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
     """Mean of b less a over their common queries, and the p-value of a paired t-test."""
-    from scipy.stats import ttest_rel
-
     first, second = [a[query] for query in a], [b[query] for query in a]
     difference = sum(second) / len(second) - sum(first) / len(first)
     if len(first) < 2 or len({y - x for x, y in zip(first, second, strict=True)}) < 2:  # no spread to test against
         return {"difference": difference, "p": None, "queries": len(first)}
+    from scipy.stats import ttest_rel
+
     return {"difference": difference, "p": float(ttest_rel(second, first).pvalue), "queries": len(first)}
 
 
@@ -133,7 +137,7 @@ def table(report: dict[str, Any]) -> Any:
     shown = Table(title=title, title_justify="left")
     for column in ("dataset", "queries", "order", "model"):
         shown.add_column(column)
-    for column in ("nDCG@10", "p", "R@10", "parameters", "tokens/s"):
+    for column in ("nDCG@10", "p", "R@10", "parameters", "dtype", "tokens/s"):
         shown.add_column(column, justify="right")
     p_values = {
         (d["dataset"], d["ranking"], d["model"]): d["p"] for d in report["differences"] if d["against"] == first
@@ -145,7 +149,8 @@ def table(report: dict[str, Any]) -> Any:
         rate = f"{row['prompt_tokens'] / row['seconds']:.0f}" if row.get("prompt_tokens") else ""
         shown.add_row(
             row["dataset"], str(row["queries"]), row["ranking"], row["model"], f"{row['nDCG@10']:.4f}",
-            "" if p is None else f"{p:.3g}", f"{row['R@10']:.4f}", parameters, rate,
+            "" if p is None else f"{p:.3g}", f"{row['R@10']:.4f}", parameters,
+            str(row.get("dtype", "")).removeprefix("torch."), rate,
         )  # fmt: skip
     return shown
 

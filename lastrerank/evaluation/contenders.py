@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from lastrerank.request import RerankRequest
 from lastrerank.reranker import Reranker, ranked
@@ -24,9 +27,11 @@ class RankedList:
 
 
 class Contender(Protocol):
-    """Ranks lists. parameters: numbers in its weights."""
+    """Ranks lists. parameters: numbers in its weights. max_doc_length: its own cap in tokens, None where it has another
+    kind of bound."""
 
     parameters: int
+    max_doc_length: int | None
 
     def identity(self) -> dict[str, Any]:
         """What makes a score what it is: `model`, a digest of its weights, what runs it."""
@@ -41,6 +46,7 @@ class Own:
     def __init__(self, reranker: Reranker) -> None:
         self.reranker = reranker
         self.parameters = reranker.checkpoint.parameters()
+        self.max_doc_length: int | None = reranker.encoder.max_doc_length
 
     def identity(self) -> dict[str, Any]:
         """See `Contender`."""
@@ -57,9 +63,9 @@ class Own:
         found = []
         for request, prompt, scores in zip(requests, encoded, scored, strict=True):
             results = ranked(request, scores)
-            found.append(
-                RankedList([r["index"] for r in results], [r["relevance_score"] for r in results], prompt.num_tokens)
-            )
+            # Before an activation, which makes ties of scores that aren't equal.
+            values = [r.get("raw_score", r["relevance_score"]) for r in results]
+            found.append(RankedList([r["index"] for r in results], values, prompt.num_tokens))
         return found
 
 
@@ -75,6 +81,8 @@ class CrossEncoderPeer:
         ValueError: the library can't load it as a model of one score.
     """
 
+    max_doc_length: int | None = None
+
     def __init__(self, name: str, device: str = "auto") -> None:
         from sentence_transformers import CrossEncoder
 
@@ -85,13 +93,16 @@ class CrossEncoderPeer:
         if getattr(self._model, "num_labels", 1) != 1:
             raise ValueError(f"cross-encoder:{name}: it has {self._model.num_labels} labels, expected one score")
         self._name = f"cross-encoder:{name}"
-        state = self._model.model.state_dict()
-        self.parameters = sum(tensor.numel() for tensor in state.values())
-        self._digest = _digest(state)
+        # Before version 5 it is no module itself.
+        module = self._model if isinstance(self._model, torch.nn.Module) else self._model.model
+        self.parameters = sum(parameter.numel() for parameter in module.parameters())
+        self._dtype = str(next(module.parameters()).dtype)
+        settings = [str(getattr(self._model, n, None)) for n in ("max_length", "activation_fn", "prompts")]
+        self._digest = _digest(module.state_dict(), _tokenizer(self._model), *settings)
 
     def identity(self) -> dict[str, Any]:
         """See `Contender`."""
-        return {"model": self._name, "digest": self._digest, "dtype": str(next(self._model.model.parameters()).dtype),
+        return {"model": self._name, "digest": self._digest, "dtype": self._dtype,
                 "backend": f"sentence-transformers {version('sentence-transformers')}"}  # fmt: skip
 
     def rank(self, lists: Sequence[tuple[str, list[str]]], max_doc_length: int | None) -> list[RankedList]:
@@ -129,6 +140,8 @@ class LateInteractionPeer:
         ValueError: the library can't load it.
     """
 
+    max_doc_length: int | None = None
+
     def __init__(self, name: str, device: str = "auto") -> None:
         from pylate import models
 
@@ -137,9 +150,11 @@ class LateInteractionPeer:
         except Exception as error:  # whatever the library and those below it raise
             raise ValueError(f"late-interaction:{name}: PyLate can't load it: {error}") from error
         self._name = f"late-interaction:{name}"
-        state = self._model.state_dict()
-        self.parameters = sum(tensor.numel() for tensor in state.values())
-        self._digest = _digest(state)
+        self.parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        names = ("query_length", "document_length", "query_prefix", "document_prefix", "do_query_expansion",
+                 "attend_to_expansion_tokens", "skiplist_words", "prompts")  # fmt: skip
+        settings = [str(getattr(self._model, n, None)) for n in names]
+        self._digest = _digest(self._model.state_dict(), _tokenizer(self._model), *settings)
 
     def identity(self) -> dict[str, Any]:
         """See `Contender`."""
@@ -166,6 +181,12 @@ PEERS: Mapping[str, Callable[[str, str], Contender]] = {
 }
 
 
+_LIBRARIES = {
+    "cross-encoder": ("sentence_transformers", "pip install 'lastrerank[compare]'"),
+    "late-interaction": ("pylate", "pip install pylate"),
+}
+
+
 def peer(name: str, device: str = "auto") -> Contender:
     """A peer by its kind and name, as `cross-encoder:BAAI/bge-reranker-v2-m3`.
 
@@ -182,16 +203,29 @@ def check_peer(name: str) -> tuple[str, str]:
 
     Raises:
         ValueError: no such kind.
+        ImportError: its library is not installed.
     """
     kind, _, model = name.partition(":")
     if kind not in PEERS or not model:
         raise ValueError(f"peer is {name!r:.80}, expected one of {[f'{kind}:ID' for kind in PEERS]}")
+    library, install = _LIBRARIES[kind]
+    if library not in sys.modules and find_spec(library) is None:
+        raise ImportError(f"{name}: {library} is not installed: {install}")
     return kind, model
 
 
 def _by_score(scores: np.ndarray, tokens: int) -> RankedList:
+    if not np.isfinite(scores).all():
+        raise RuntimeError(f"scores are not finite: {scores.tolist()!s:.80}")
     order = np.argsort(-scores, kind="stable")
     return RankedList(order.tolist(), scores[order].tolist(), tokens)
+
+
+def _tokenizer(model: Any) -> str:
+    """A model's tokenizer, serialised."""
+    own = getattr(model, "tokenizer", None)
+    fast = getattr(own, "backend_tokenizer", None)
+    return repr(own) if fast is None else fast.to_str()
 
 
 def _refuse_cap(name: str, max_doc_length: int | None) -> None:
@@ -199,11 +233,9 @@ def _refuse_cap(name: str, max_doc_length: int | None) -> None:
         raise ValueError(f"max_doc_length is {max_doc_length}: {name} cuts by its own tokenizer, not by a cap in ours")
 
 
-def _digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 of a model's tensors."""
-    import torch
-
-    total = hashlib.sha256()
+def _digest(state: Mapping[str, Any], *settings: str) -> str:
+    """SHA-256 of a model's tensors, and of what else makes its scores what they are."""
+    total = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(state.items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -113,8 +113,7 @@ def rerank_run(
     """
     target = Path(path)
     contender = Own(model) if isinstance(model, Reranker) else model
-    cap = max_doc_length or (model.encoder.max_doc_length if isinstance(model, Reranker) else None)
-    own = {**settings, **contender.identity(), "max_doc_length": cap}
+    own = {**settings, **contender.identity(), "max_doc_length": max_doc_length or contender.max_doc_length}
     inputs = {
         q: digest(dataset.queries[q], [[d, dataset.documents[d]] for d in names])[:16]
         for q, names in candidates.items()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lastrerank.families.family import Cosine, Family, Logit
+from lastrerank.families.family import Cosine, Family, Logit, repository_name
 from lastrerank.families.listwise import LISTWISE, LISTWISE_GGUF
 from lastrerank.families.pointwise import CTXL_RERANK_V2, MXBAI_RERANK_V2, QWEN3_RERANKER, ZERANK
 
-__all__ = ["FAMILIES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named", "recognise"]
+__all__ = ["FAMILIES", "PROMPT_FILES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named", "recognise"]
 
 FAMILIES = {
     family.name: family
@@ -24,6 +25,8 @@ FAMILIES = {
 _TEMPLATES = {"transformers": LISTWISE, "gguf": LISTWISE_GGUF}
 # Which logits sentence-transformers reads.
 SENTENCE_TRANSFORMERS = "1_LogitScore/config.json"
+# Where its prompts and templates are.
+PROMPT_FILES = ("config_sentence_transformers.json", "chat_template.jinja", "tokenizer_config.json")
 
 
 def named(name: object, of: str = "family") -> Family:
@@ -44,55 +47,78 @@ def recognise(
     folder: Path,
     raw: Mapping[str, Any],
     has_projector: Callable[[], bool],
-    logits: Mapping[str, Any] | None,
+    read_json: Callable[[Path], Mapping[str, Any]],
 ) -> Family:
     """The family of a checkpoint, by the first of these that says one: the `lastrerank` object of its configuration; a
-    projector, or the architecture that has one; sentence-transformers' file and the repository's name, which must not
-    contradict each other.
+    projector, or the architecture that has one; the repository's name; sentence-transformers' file of the logits that
+    are read, where a prompt is kept beside it that is the family's. What contradicts another is refused.
 
     Args:
         name: a Hub id, or the folder's name.
         raw: the parsed `config.json`.
         has_projector: whether there is one among the tensors; looked at where nothing is said before.
-        logits: the parsed `1_LogitScore/config.json`, if there is one.
+        read_json: reads a file of the folder.
 
     Raises:
         ValueError: none of them says one, or two say different ones.
     """
     own = raw.get("lastrerank")
     own = own if isinstance(own, Mapping) else {}
+    found: dict[str, Family] = {}
     if own.get("family") is not None:
-        return named(own["family"], "config.json: lastrerank.family")
+        found["lastrerank.family"] = named(own["family"], "config.json: lastrerank.family")
     template = own.get("template")
     if template is not None:
         if not isinstance(template, str) or template not in _TEMPLATES:
             expected = f"expected one of {list(_TEMPLATES)}"
             raise ValueError(f"config.json: lastrerank.template is {template!r:.80}, {expected}")
-        return _TEMPLATES[template]
+        found["lastrerank.template"] = _TEMPLATES[template]
+    if found:
+        return _only(name, found)
     if "JinaForRanking" in (raw.get("architectures") or ()) or has_projector():
         return LISTWISE
-    found: dict[str, Family] = {}
-    if logits is not None:
-        ids = logits.get("true_token_id"), logits.get("false_token_id")
+    for family in FAMILIES.values():
+        if family.repositories and re.fullmatch(family.repositories, repository_name(name), re.IGNORECASE):
+            found["its name"] = family
+    if (folder / SENTENCE_TRANSFORMERS).exists():
+        ids = _logits(folder, read_json)
         known = next((family for family in FAMILIES.values() if family.token_ids == ids), None)
-        if known is None:
+        if known is not None and ("its name" in found or _has_prompt(folder, known)):
+            found[SENTENCE_TRANSFORMERS] = known
+        elif known is None:
             raise ValueError(
                 f"{folder / SENTENCE_TRANSFORMERS}: true_token_id and false_token_id are {ids}, those of no family "
                 f"that is known: expected one of {list(FAMILIES)}; name it by family="
             )
-        found[SENTENCE_TRANSFORMERS] = known
-    last = re.sub(r"-seq(-cls)?$", "", name.rpartition("/")[2])
-    for family in FAMILIES.values():
-        if family.repositories and re.fullmatch(family.repositories, last, re.IGNORECASE):
-            found["its name"] = family
-    families = list(dict.fromkeys(found.values()))
-    if len(families) > 1:
-        said = ", ".join(f"{place} {family.name!r}" for place, family in found.items())
-        raise ValueError(f"{name}: its family is contradictory ({said}): name it by family=")
-    if not families:
+    if not found:
         raise ValueError(
             f"{name}: no family says how this decoder is a reranker, and a wrong prompt would give plausible numbers: "
             f"pass family= (one of {list(FAMILIES)}), or set it in config.json: "
             '"lastrerank": {"family": ...}'
         )
+    return _only(name, found)
+
+
+def _only(name: str, found: Mapping[str, Family]) -> Family:
+    families = list(dict.fromkeys(found.values()))
+    if len(families) > 1:
+        said = ", ".join(f"{place} {family.name!r}" for place, family in found.items())
+        raise ValueError(f"{name}: its family is contradictory ({said}): name it by family=")
     return families[0]
+
+
+def _logits(folder: Path, read_json: Callable[[Path], Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    raw = read_json(folder / SENTENCE_TRANSFORMERS)
+    ids = raw.get("true_token_id"), raw.get("false_token_id")
+    if not all(value is None or type(value) is int for value in ids):
+        raise ValueError(f"{folder / SENTENCE_TRANSFORMERS}: token ids are {ids}, expected integers or null")
+    return ids
+
+
+def _has_prompt(folder: Path, family: Family) -> bool:
+    """Whether one of the files that hold prompts has the family's: the same logits are read by others, too."""
+    texts = ""
+    for name in PROMPT_FILES:
+        with suppress(OSError, UnicodeDecodeError):
+            texts += (folder / name).read_text(encoding="utf-8")
+    return family.signature is not None and family.signature in texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from lastrerank.pairs import PairPrompt
 @dataclass(frozen=True)
 class Cosine:
     """Documents and query are projected; a score is their cosine (see `Operations.score`)."""
+
+    kind = "cosine"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Logit:
     scale: float = 1.0
     activation: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """What a published score is: a logit or a probability."""
+        return "logit" if self.activation is None else "probability"
+
     def token_ids(self, tokenizer: Tokenizer) -> tuple[int, int | None]:
         """Of `true` and `false`.
 
@@ -36,7 +44,8 @@ class Logit:
         """
 
         def one(word: str) -> int:
-            ids = tokenizer.encode(word, add_special_tokens=False).ids
+            # Of the model alone: a file may ask for padding, or for a space before every text.
+            ids = [token.id for token in tokenizer.model.tokenize(word)]
             if len(ids) != 1:
                 raise ValueError(f"tokenizer.json: {word!r} has ids {ids}, expected one: its logit is the score")
             return ids[0]
@@ -59,9 +68,12 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 class Family:
     """One description of a family of checkpoints: its prompt, and how a score is read and published.
 
-    repositories: pattern of the last part of its Hub ids (and folders named like them), conversions to sequence
-    classification ("-seq-cls") included; None where it is only taken by name. token_ids: of the words that are read,
-    as `1_LogitScore/config.json` of sentence-transformers has them.
+    repositories: pattern of the last part of its Hub ids, and of folders named like them. token_ids: of the words that
+    are read, as `1_LogitScore/config.json` of sentence-transformers has them. signature: a sentence of its prompt that
+    no other's has, by which a prompt is known that is kept beside that file.
+
+    Raises:
+        ValueError: prompt and readout don't fit.
     """
 
     name: str
@@ -69,3 +81,16 @@ class Family:
     readout: Cosine | Logit
     repositories: str | None = None
     token_ids: tuple[int, int | None] | None = None
+    signature: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, ListPrompt) != isinstance(self.readout, Cosine):
+            raise ValueError(
+                f"family {self.name!r} has a {type(self.prompt).__name__} and a {type(self.readout).__name__}: lists "
+                "are read by a cosine, pairs by a logit"
+            )
+
+
+def repository_name(name: str) -> str:
+    """The last part of a Hub id, without the mark of a conversion to sequence classification."""
+    return re.sub(r"-seq(-cls)?$", "", name.rpartition("/")[2])

@@ -26,6 +26,7 @@ QWEN3_RERANKER = Family(
     readout=Logit("yes", "no", activation="sigmoid"),
     repositories=r"Qwen3-Reranker-(0\.6B|4B|8B)",
     token_ids=(9693, 2152),
+    signature="Judge whether the Document meets the requirements based on the Query and the Instruct provided.",
 )
 
 # huggingface.co/mixedbread-ai/mxbai-rerank-base-v2 and large-v2, by the package mxbai-rerank 0.1.6: seven encodings.
@@ -53,6 +54,7 @@ MXBAI_RERANK_V2 = Family(
     readout=Logit("1", "0"),
     repositories=r"mxbai-rerank-(base|large)-v2",
     token_ids=(16, 15),
+    signature="You are a search relevance expert who evaluates how well documents match search queries.",
 )
 
 # huggingface.co/zeroentropy/zerank-1, zerank-1-small and zerank-2 (also with "-reranker"). The probability is that of
@@ -85,4 +87,5 @@ CTXL_RERANK_V2 = Family(
     readout=Logit("!", None),
     repositories=r"ctxl-rerank-v2-instruct-multilingual-[12]b",
     token_ids=(0, None),
+    signature="Check whether a given document contains information helpful to answer the query.",
 )

@@ -137,7 +137,7 @@ class Operations(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Last-token readout: gather, final RMSNorm, projector `relu(x w1.T) w2.T`, fusion of blocks, cosine.
 
-        hidden `[R, D]` before the final norm; rows and maps as in `packing.Readout` (N documents, S sequences).
+        hidden `[R, D]` before the final norm; rows and maps as in `packing.ReadoutMaps` (N documents, S sequences).
         A sequence's weight is `max_i (1 + cos(q, d_i)) / 2` over its own documents; a request's query is the weighted
         mean of its sequences' query vectors; every document is scored against its request's query.
         Returns document vectors fp32 `[N, P]`, query vectors fp32 `[S, P]` (not fused), scores fp32 `[N]`.
@@ -169,7 +169,7 @@ def attention_flops(
     if rows is None:
         rows = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     rows = rows.to(cu_seqlens.dtype)
-    sequence = torch.searchsorted(cu_seqlens, rows, right=True) - 1
+    sequence = (torch.searchsorted(cu_seqlens, rows, right=True) - 1).clamp(max=len(cu_seqlens) - 2)
     visible = rows - cu_seqlens[sequence] + 1
     if prefixes is not None:
         visible = visible + prefixes[sequence, 1]

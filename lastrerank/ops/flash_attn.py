@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from lastrerank.ops import Prefixes
@@ -18,7 +16,8 @@ _MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 
 
 class FlashAttnOperations(TritonOperations):
-    """See `lastrerank.ops.Operations`. The last layer's few read rows go through our own kernel.
+    """See `lastrerank.ops.Operations`. The last layer's few read rows go through our own kernel, and so do sequences
+    that continue others: the library would need a copy of the keys before each of them.
 
     Raises:
         RuntimeError: no generation of the library can be imported; the message says why.
@@ -40,36 +39,17 @@ class FlashAttnOperations(TritonOperations):
         out: Tensor | None = None,
         prefixes: Prefixes | None = None,
     ) -> Tensor:
-        if rows is not None:
+        if rows is not None or prefixes is not None:
             return super().attention(q, k, v, cu_seqlens, seqlens, window, scale, rows, out, prefixes)
         cu_seqlens = cu_seqlens.contiguous()
-        cu_seqlens_k, longest = cu_seqlens, max(seqlens)
-        if prefixes is not None:
-            # The library aligns the causal mask to the last key, so that what stands before a sequence is seen whole.
-            k, v, cu_seqlens_k, longest = _with_prefixes(k, v, seqlens, prefixes)
         # The library's window counts the tokens before the current one.
         local = {} if window is None else {"window_size": (window - 1, 0)}
         result = self._attend(
-            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max(seqlens),
-            max_seqlen_k=longest, softmax_scale=scale, causal=True, **local,
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=max(seqlens),
+            max_seqlen_k=max(seqlens), softmax_scale=scale, causal=True, **local,
         )  # fmt: skip
         result = result[0] if isinstance(result, tuple) else result
         return result if out is None else out.copy_(result)
-
-
-def _with_prefixes(
-    k: Tensor, v: Tensor, seqlens: tuple[int, ...], prefixes: Prefixes
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Copies of keys and values in which every sequence has what it continues before it, their starts, and the
-    longest."""
-    parts, lengths, start = [], [], 0
-    for length, (first, shared) in zip(seqlens, prefixes.host, strict=True):
-        parts += [np.arange(first, first + shared), np.arange(start, start + length)]
-        lengths.append(shared + length)
-        start += length
-    index = torch.from_numpy(np.concatenate(parts)).to(k.device)
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(k.device)
-    return k[index], v[index], starts, max(lengths)
 
 
 def _find() -> Callable[..., Any]:

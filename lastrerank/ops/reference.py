@@ -107,9 +107,11 @@ class ReferenceOperations:
             if not shared and rows is None and (window is None or window >= length):
                 tiles, along = _causal(q[queries], own_k, own_v, scale), 1
             else:
-                row_ids = torch.arange(length, device=q.device) if rows is None else rows[queries] - starts[s]
-                dense = rows is None and not shared
-                tiles, along = _masked(q[queries], own_k, own_v, row_ids + shared, window, scale, dense), 0
+                if rows is None:
+                    positions, first_row = torch.arange(shared, shared + length, device=q.device), shared
+                else:
+                    positions, first_row = rows[queries] - starts[s] + shared, None
+                tiles, along = _masked(q[queries], own_k, own_v, positions, window, scale, first_row), 0
             if out is None:
                 sequences.append(torch.cat([tile for _, tile in tiles], dim=along))
             else:
@@ -207,16 +209,18 @@ def _masked(
     rows: torch.Tensor,
     window: int | None,
     scale: float,
-    dense: bool,
+    first_row: int | None,
 ) -> Tiles:
     """Queries at positions `rows` of one sequence, by tiles of rows, each against the keys its rows can see.
 
-    dense: rows are all positions, so a tile's key range is known without asking the device.
+    first_row: rows are all positions from this one on, so a tile's key range is known without asking the device.
     """
-    step = 256 if window is not None and dense else max(1, _TILE_ELEMENTS // len(k))
+    step = 256 if first_row is not None else max(1, _TILE_ELEMENTS // len(k))
     for start in range(0, len(rows), step):
         stop = min(start + step, len(rows))
-        first, last = (max(0, start - window + 1), stop) if dense and window is not None else (0, len(k))
+        first, last = 0, len(k)
+        if first_row is not None:
+            first, last = 0 if window is None else max(0, first_row + start - window + 1), first_row + stop
         position = rows[start:stop, None]
         key = torch.arange(first, last, device=q.device)
         visible = key <= position

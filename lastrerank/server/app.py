@@ -26,9 +26,7 @@ from starlette.routing import Route
 
 from lastrerank import __version__
 from lastrerank.engine import Answer, ClosedError, DeadlineError, Engine
-from lastrerank.families import Cosine
 from lastrerank.request import RerankRequest
-from lastrerank.reranker import Reranker
 from lastrerank.server import dialects
 from lastrerank.server.dialects import BodyError, Call
 from lastrerank.server.errors import error_response, failure
@@ -43,12 +41,6 @@ _PAGES = Path(__file__).parent
 _LARGE = 1 << 16
 
 Reader = Callable[[bytes], Call]
-
-
-def _scores(reranker: Reranker) -> str:
-    """What `relevance_score` is: a cosine, a probability, or a logit."""
-    readout = reranker.family.readout
-    return "cosine" if isinstance(readout, Cosine) else "logit" if readout.activation is None else "probability"
 
 
 def create_app(
@@ -164,8 +156,9 @@ def create_app(
         reranker = engine.reranker
         return JSONResponse({
             "model": names[0], "version": __version__, "device": str(reranker.device), "backend": reranker.backend,
-            "dtype": reranker.dtype, "max_context": reranker.config.max_context,
-            "family": reranker.family.name, "scores": _scores(reranker),
+            "dtype": reranker.dtype,
+            "max_context": min(reranker.config.max_context, reranker.config.max_positions),
+            "family": reranker.family.name, "scores": reranker.family.readout.kind,
             "max_query_length": reranker.encoder.max_query_length, "max_doc_length": reranker.encoder.max_doc_length,
             "max_batch_tokens": engine.max_batch_tokens, "max_queue_tokens": engine.max_queue_tokens,
             "max_request_tokens": engine.max_request_tokens, "max_documents": most, "max_body_bytes": bounds.max_body,

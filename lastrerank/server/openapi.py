@@ -82,7 +82,8 @@ def description(posts: Sequence[str], has_key: bool) -> dict[str, Any]:
     return {
         "openapi": "3.1.0", "paths": paths, "components": components,
         "info": {"title": "lastrerank", "version": __version__,
-                 "description": "Last-token reranking. Scores are as the model's family publishes them (/info: cosine in [-1, 1], probability, or logit)."},
+                 "description": "Last-token reranking. Scores are as the model's family publishes them: cosines in "
+                 "[-1, 1], probabilities or logits (/info says which)."},
     }  # fmt: skip
 
 
