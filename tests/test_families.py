@@ -262,8 +262,9 @@ def test_the_engine_keeps_what_is_shared_together(make, documents):
         for future, results in zip(futures, expected, strict=True):
             np.testing.assert_allclose(raw_scores(future.result().results), raw_scores(results), rtol=0, atol=1e-5)
         assert engine.statistics.tokens < 0.55 * alone
+    # What is reserved is what the passes of one request alone would compute; shared ones hold a few beginnings each.
     reserved = sum(reranker.encode(r).rows(1000) for r in requests)
-    assert engine.statistics.tokens < 1.25 * reserved
+    assert reserved <= engine.statistics.tokens < 1.7 * reserved
 
 
 def test_the_engine_reserves_what_it_computes(make, documents):

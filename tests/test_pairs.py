@@ -193,7 +193,7 @@ def test_cuts_at_the_published_cap(qwen, encoders, name):
 def test_a_long_query_leaves_a_prompt(qwen, encoders):
     for name in POINTWISE:
         if name == "ctxl-rerank-v2":  # nothing but the document is cut there
-            with pytest.raises(ValueError, match="query and instruction have more tokens .* at most 8192"):
+            with pytest.raises(ValueError, match=r"query and instruction have more tokens .* at most 8192"):
                 encoded(encoders[name], "word " * 9000, ["d"])
             continue
         found = encoded(encoders[name], "word " * 9000, ["a document"])

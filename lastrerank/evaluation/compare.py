@@ -52,7 +52,7 @@ def compare(
     Raises:
         ValueError: fewer than two models, or what `evaluate` raises.
     """
-    import scipy.stats  # noqa: F401 (what is missing shows before any work is done)
+    from scipy.stats import ttest_rel  # if it is missing that shows before any work is done
 
     if len(contenders) < 2:
         raise ValueError(f"{len(contenders)} model, expected two or more to compare")
@@ -81,7 +81,8 @@ def compare(
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     rows.sort(key=lambda row: datasets.index(row["dataset"]))
     differences = [
-        {"dataset": dataset, "ranking": ranking, "model": b, "against": a, **_paired(by_model[a], by_model[b])}
+        {"dataset": dataset, "ranking": ranking, "model": b, "against": a}
+        | _paired(by_model[a], by_model[b], ttest_rel)
         for (dataset, ranking), by_model in each.items() for a, b in combinations(by_model, 2)
     ]  # fmt: skip
     report = {"settings": settings, "rows": rows, "differences": differences}
@@ -94,15 +95,13 @@ def _run_by(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("digest", "dtype", "backend")}
 
 
-def _paired(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
-    """Mean of b less a over their common queries, and the p-value of a paired t-test."""
+def _paired(a: Mapping[str, float], b: Mapping[str, float], test: Callable[..., Any]) -> dict[str, Any]:
+    """Mean of b less a over their queries, and the p-value of a paired test."""
     first, second = [a[query] for query in a], [b[query] for query in a]
     difference = sum(second) / len(second) - sum(first) / len(first)
     if len(first) < 2 or len({y - x for x, y in zip(first, second, strict=True)}) < 2:  # no spread to test against
         return {"difference": difference, "p": None, "queries": len(first)}
-    from scipy.stats import ttest_rel
-
-    return {"difference": difference, "p": float(ttest_rel(second, first).pvalue), "queries": len(first)}
+    return {"difference": difference, "p": float(test(second, first).pvalue), "queries": len(first)}
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -109,6 +109,8 @@ class CrossEncoderPeer:
         """See `Contender`."""
         _refuse_cap(self._name, max_doc_length)
         pairs = [(query, document) for query, documents in lists for document in documents]
+        if not pairs:
+            return [RankedList([], [], 0) for _ in lists]
         scores = np.asarray(self._model.predict(pairs, batch_size=32, show_progress_bar=False), np.float32).reshape(-1)
         lengths = self._lengths(pairs)
         found, start = [], 0
@@ -119,8 +121,6 @@ class CrossEncoderPeer:
         return found
 
     def _lengths(self, pairs: list[tuple[str, str]]) -> list[int]:
-        if not pairs:
-            return []
         encoded = self._model.tokenizer(
             [q for q, _ in pairs], [d for _, d in pairs], truncation=True,
             max_length=getattr(self._model, "max_length", None),
