@@ -412,7 +412,7 @@ def test_a_family_of_pairs(pairs, documents):
         body = {"query": QUERY, "documents": documents[:4]}
         for options, scores in (
             ({}, published), ({"activation": None}, published), ({"activation": False}, raw),
-            ({"raw_scores": True}, raw),
+            ({"raw_scores": True}, raw), ({"use_activation": "false"}, raw),
         ):  # fmt: skip
             results = client.post("/v1/rerank", body | options).json()["results"]
             assert [r["index"] for r in results] == [r["index"] for r in expected]

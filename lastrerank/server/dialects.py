@@ -80,6 +80,7 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     raw_scores: Flag = None
     max_chunks_per_doc: Count = None
     activation: Flag = None
+    use_activation: Flag = None
     user: str | None = None
     priority: Count = None
     request_id: str | None = None
@@ -103,6 +104,7 @@ class ScoreBody(Struct, forbid_unknown_fields=True):
     model: str | None = None
     truncate_prompt_tokens: Count = None
     activation: Flag = None
+    use_activation: Flag = None
     user: str | None = None
     priority: Count = None
 
@@ -142,12 +144,12 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     if documents is None:
         raise BodyError(422, "documents is missing: expected a list of strings or of objects with 'text'", "documents")
     _check_count(len(documents), most, param)
-    _refuse(body, activation=(None, False), max_chunks_per_doc=(None,))
+    _refuse(body, max_chunks_per_doc=(None,))
     if body.truncation_direction is not None and body.truncation_direction.lower() != "right":
         raise BodyError(422, f"truncation_direction is {body.truncation_direction!r:.40}, expected 'right'",
                         "truncation_direction")  # fmt: skip
     # As they come, or without the activation of a family that has one.
-    score = _raw if _flag(body, "raw_scores") or _flag(body, "activation") is False else _published
+    score = _raw if _flag(body, "raw_scores") or not _activated(body) else _published
     texts = _texts(documents, body.rank_fields, content)
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
     back = _flag(body, "return_text" if tei else "return_documents")
@@ -202,7 +204,6 @@ def read_score(content: bytes, most: int) -> Call:
         BodyError: it can't be served.
     """
     body: ScoreBody = _decoded(_score, content)
-    _refuse(body, activation=(None, False))
     first = "text_1" if body.text_1 is not None or body.queries is None else "queries"
     second = "text_2" if first == "text_1" else "documents"
     extra = {"text_1", "text_2", "queries", "documents"} - {first, second}
@@ -223,7 +224,7 @@ def read_score(content: bytes, most: int) -> Call:
     groups: dict[str, list[int]] = {}
     for position, text in enumerate(left):
         groups.setdefault(text, []).append(position)
-    cap, score = _prompt_cap(body), _raw if _flag(body, "activation") is False else _published
+    cap, score = _prompt_cap(body), _published if _activated(body) else _raw
     requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
 
     def render(answers: Sequence[Answer], model: str) -> Any:
@@ -256,6 +257,16 @@ def read_ranking(content: bytes, most: int) -> Call:
 
     request = RerankRequest(body.query.text, [passage.text for passage in body.passages])
     return Call([request], len(body.passages), "passages", body.model, body.truncate == "NONE", render)
+
+
+def _activated(body: RerankBody | ScoreBody) -> bool:
+    """Whether scores are wanted as published, not before their activation, by vLLM's field of either name. An
+    activation that is asked for by name may be one that the family hasn't: that is refused."""
+    values = [_flag(body, name) for name in ("activation", "use_activation")]
+    if True in values:
+        name = ("activation", "use_activation")[values.index(True)]
+        raise BodyError(422, f"{name} is true, which isn't computed here: scores are as the family publishes them", name)
+    return False not in values
 
 
 def _published(result: Mapping[str, Any]) -> float:
