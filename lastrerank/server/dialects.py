@@ -265,7 +265,7 @@ def _activated(body: RerankBody | ScoreBody) -> bool:
     values = [_flag(body, name) for name in ("activation", "use_activation")]
     if True in values:
         name = ("activation", "use_activation")[values.index(True)]
-        raise BodyError(422, f"{name} is true, which isn't computed here: scores are as the family publishes them", name)
+        raise BodyError(422, f"{name} is true, which isn't computed here: scores are the family's own", name)
     return False not in values
 
 
