@@ -81,7 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(
-    workload: str, requests: list[Request], tokens: int, scorers: Any, runs: int, once_above: float, scale: float
+    workload: str,
+    requests: list[Request],
+    tokens: int,
+    scorers: Any,
+    runs: int,
+    once_above: float = 30.0,
+    scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Check, with the peak of memory, then time. scale: of scores, against cosines."""
     truth, agreeing, once, rows = None, {}, {}, []

@@ -81,7 +81,8 @@ def test_the_start_knows_what_words_mean(taught, start):
     docs, _, targets, _ = _readouts(start, read_training_data(taught[0]), 50_000, 20)
     model = Reranker.from_pretrained(start, backend="reference").model
     normed = model.ops.rms_norm(docs, model.weights.norm, 1e-6)
-    vectors = (torch.relu(normed @ model.weights.w1.t()) @ model.weights.w2.t())[:, :512]
+    projector = model.weights.readout
+    vectors = (torch.relu(normed @ projector.w1.t()) @ projector.w2.t())[:, :512]
     own = torch.cosine_similarity(vectors, targets)
     others = torch.cosine_similarity(vectors, targets.roll(1, 0))
     assert own.mean() > 0.4 and own.mean() > others.mean() + 0.3, (own.mean(), others.mean())
