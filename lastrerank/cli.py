@@ -430,11 +430,11 @@ def _run(
     results = ranked(request, loaded.score_encoded([encoded], documents=len(documents))[0])
     score_seconds = time.perf_counter() - started
     random = bool((loaded.checkpoint.raw_config.get("lastrerank") or {}).get("random"))
-    blocks = [len(block.doc_rows) for block in encoded.blocks]
+    blocks, computed = [len(block.doc_rows) for block in encoded.blocks], encoded.rows(loaded.max_batch_tokens)
     details = {
         "model": loaded.checkpoint.name, "random": random, "backend": loaded.backend, "dtype": loaded.dtype,
         "device": str(loaded.device), "prompt_tokens": encoded.num_tokens,
-        "rows": encoded.rows(loaded.max_batch_tokens), "query_cut": encoded.query_cut, "blocks": blocks,
+        "rows": computed, "query_cut": encoded.query_cut, "blocks": blocks,
         "load_ms": 1e3 * load_seconds, "tokenise_ms": 1e3 * tokenise_seconds, "score_ms": 1e3 * score_seconds,
     }  # fmt: skip
     if as_json:
@@ -454,8 +454,8 @@ def _run(
     console.print(results_table(query, results, names, encoded, explain))
     if explain:
         console.print(plain(
-            f"{details['prompt_tokens']} prompt tokens in {_blocks(blocks)}, {details['rows']} of them "
-            "computed; "
+            f"{details['prompt_tokens']} prompt tokens in {_blocks(blocks)}"
+            f"{f', {computed} of them computed' if computed < encoded.num_tokens else ''}; "
             f"model {details['model']}, {details['dtype']}, backend {details['backend']} on {details['device']}; "
             f"load {details['load_ms']:.0f} ms, tokenise {details['tokenise_ms']:.1f} ms, "
             f"score {details['score_ms']:.1f} ms"),
