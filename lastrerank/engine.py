@@ -278,14 +278,14 @@ class Engine:
             elif not job.encoded.blocks:
                 self._finish(job, Answer([], job.encoded, job.tokenise_seconds, 0.0, 0.0))
             else:
-                job.reserved = job.encoded.rows(self.max_batch_tokens)
                 self._queue.ready.append(job)
             self._condition.notify_all()
 
     def _checked(self, job: Job, encoded: Any) -> Any:
         if job.refuse_cut and (encoded.query_cut or any(encoded.cut)):
             raise TooLongError("query" if encoded.query_cut else f"documents[{encoded.cut.index(True)}]")
-        self._check_size(encoded.rows(self.max_batch_tokens))
+        job.reserved = encoded.rows(self.max_batch_tokens)  # of passes of its own; others may stand between
+        self._check_size(job.reserved)
         return encoded
 
     def _check_size(self, tokens: int) -> None:

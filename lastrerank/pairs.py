@@ -227,7 +227,7 @@ class PairEncoder:
         # A cap of the caller's own for documents widens the prompt up to the context, for them; the query's cap stays.
         widest, counted = self._context - self._outside - between, self._counted()
         limit = widest if own_query is not None else counted - between
-        shares = 1.0 if own_query is not None else prompt.query_share
+        query_most = limit if own_query is not None else min(limit, int(counted * prompt.query_share))
         before: list[np.ndarray] = []
         after: list[np.ndarray] = []
         cut, used, target = False, 0, before
@@ -245,8 +245,7 @@ class PairEncoder:
                 cut |= cut_left or cut_right
                 texts = None if cut_left or cut_right else (substitute(left, values), substitute(right, values))
             elif number in spans:
-                most = min(limit, int((limit if own_query is not None else counted) * shares))
-                ids, cut_here = self._piece(part, values, own_query, most)
+                ids, cut_here = self._piece(part, values, own_query, query_most)
                 cut, used = cut or cut_here, used + len(ids)
                 target.append(ids)
             else:
