@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-browser test-load clean
+.PHONY: demo test lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-clients test-browser test-load clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -68,6 +68,20 @@ bench-kernels: .venv/test
 # The real libraries, in an environment of their own.
 test-integrations: .venv-integrations/done
 	.venv-integrations/bin/python -m pytest tests/integrations
+
+# Everyone's clients, at the versions that can stand beside each other, in an environment of their own; uv resolves in
+# seconds what pip takes minutes for. The documentation's table of them is made here.
+.venv-clients/done: pyproject.toml
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt torch numpy uv
+	.venv-clients/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-clients/bin/uv pip install --quiet --python .venv-clients/bin/python --no-build --requirements tests/integrations/clients.txt
+	mkdir -p .venv-clients/npm
+	-npm install --silent --prefix .venv-clients/npm cohere-ai ai @ai-sdk/cohere
+	touch $@
+
+test-clients: .venv-clients/done
+	CLIENTS_TABLE=docs/clients.md .venv-clients/bin/python -m pytest tests/integrations/test_clients.py -k test_client
 
 # The page in a Chromium that is installed (BROWSER_PATH names another).
 test-browser: .venv-integrations/done

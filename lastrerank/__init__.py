@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lastrerank.families import Family
     from lastrerank.integrations.transformers import accelerate
-    from lastrerank.request import RerankRequest
+    from lastrerank.request import RerankRequest, RerankResult
     from lastrerank.reranker import Reranker
 
 __version__ = "0.1.0"
-__all__ = ["Family", "RerankRequest", "Reranker", "__version__", "accelerate"]
+__all__ = ["Family", "RerankRequest", "RerankResult", "Reranker", "__version__", "accelerate"]
 
 # Found when first asked for: PyTorch takes a second to import, and a command line that prints its help needs none of
 # it.
 _WHERE = {
-    "Family": "families", "RerankRequest": "request", "Reranker": "reranker",
+    "Family": "families", "RerankRequest": "request",
+    "RerankResult": "request", "Reranker": "reranker",
     "accelerate": "integrations.transformers",
 }  # fmt: skip
 

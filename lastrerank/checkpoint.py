@@ -6,14 +6,11 @@ what is missing, unknown, misshapen, not finite, quantised in an unknown way, or
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,26 +25,31 @@ from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
 from lastrerank.readouts import Head, Projector, Readout
+from lastrerank.stored import (
+    EMBEDDING,
+    IGNORED,
+    INDEX,
+    NUMBERS,
+    PROJECTOR,
+    Tensors,
+    canonical,
+    expected_tensors,
+    read_bytes,
+    read_json,
+    weight_files,
+)  # fmt: skip
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FILES = ("config.json", "tokenizer.json", "*.safetensors", _INDEX, SENTENCE_TRANSFORMERS, *PROMPT_FILES)
-# No weights: a buffer some exporters write.
-_IGNORED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_FILES = ("config.json", "tokenizer.json", "*.safetensors", INDEX, SENTENCE_TRANSFORMERS, *PROMPT_FILES)
 # The output head, which is read by families that score by logits, and the head of a classifier.
 _LM_HEAD, _CLASSIFIER = "lm_head.weight", "score.weight"
 # Labels of a classifier's two outputs, the second of which is the relevant one.
 _LABELS = (("no", "yes"), ("0", "1"))
 # `Operations.prepare`.
 Prepare = Callable[[torch.Tensor, torch.Tensor | None], Weight]
-# The projector's two matrices, by the names of the published package and of its ports.
-_PROJECTOR = re.compile(r"(?:projector\.)?(0|2|linear1|linear2)\.weight")
-_EMBEDDING = "model.embed_tokens.weight"
-# Names of safetensors' types that hold plain numbers.
-_NUMBERS = ("F64", "F32", "F16", "BF16")
-# A tokenizer of a million tokens is under 100 MB; a configuration under one.
-_MOST_JSON, _MOST_TOKENIZER = 64 << 20, 512 << 20
+# A tokenizer of a million tokens is under 100 MB.
+_MOST_TOKENIZER = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Checkpoint:
             ValueError: a file is damaged or has changed since, or tensors are missing, unknown, misshapen, twice there
                 or not finite.
         """
-        with _Tensors(self.folder) as tensors:
+        with Tensors(self.folder) as tensors:
             loaded = _load(self, tensors, device, dtype, prepare)
         self._check_current("while it was read")
         return loaded
@@ -96,7 +98,7 @@ class Checkpoint:
 
     def parameters(self) -> int:
         """Numbers in the tensors that are stored; of the files' headers."""
-        with _Tensors(self.folder) as tensors:
+        with Tensors(self.folder) as tensors:
             beside = ("_scale", "_outlier", "_outlier_index")
             return sum(math.prod(tensors.shape(name)) for name in tensors.names() if not name.endswith(beside))
 
@@ -107,10 +109,10 @@ class Checkpoint:
         Raises:
             ValueError: the files can't be read any more.
         """
-        with _Tensors(self.folder) as tensors:
-            name = next((name for name in tensors.names() if _canonical(name) == _EMBEDDING), None)
+        with Tensors(self.folder) as tensors:
+            name = next((name for name in tensors.names() if canonical(name) == EMBEDDING), None)
             if name is None:
-                raise ValueError(f"{self.folder}: {_EMBEDDING} is missing")
+                raise ValueError(f"{self.folder}: {EMBEDDING} is missing")
             raw = tensors.read(name).contiguous().reshape(-1).view(torch.uint8).numpy()
             rows = raw[: len(raw) // 32768 * 32768].view(np.uint64).reshape(-1, 4096)
             # Sums modulo 2^64 of the words, weighed by row and by column.
@@ -183,47 +185,57 @@ def open_checkpoint(
     if family is None:
 
         def has_projector() -> bool:
-            with _Tensors(folder) as tensors:
-                return any(_PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
+            with Tensors(folder) as tensors:
+                return any(PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
         family = recognise(name, folder, raw, has_projector, read_json)
     small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
-    files = tuple(FileState.of(path) for path in (*small, *_weight_files(folder)[0]))
+    files = tuple(FileState.of(path) for path in (*small, *weight_files(folder)[0]))
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds an object.
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder as it is stored, whatever is on top of it: tensors by canonical name, in memory of the files."""
+
+    raw_config: Mapping[str, Any]
+    tokenizer: Tokenizer
+    tokenizer_config: Mapping[str, Any]
+    state: Mapping[str, torch.Tensor]
+
+
+def open_decoder(id_or_path: str | os.PathLike[str], revision: str | None = None) -> Decoder:
+    """Read a decoder of a known architecture.
 
     Raises:
-        ValueError: it is missing, no regular file, too large, or no JSON object; the message names it.
+        ValueError: a file is missing or malformed, or a tensor is missing, unknown or misshapen.
     """
-    try:
-        value = json.loads(_read(path, _MOST_JSON).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _read(path: Path, most: int) -> bytes:
-    try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-            raise ValueError(f"{path}: no regular file")
-        if found.st_size > most:
-            raise ValueError(f"{path}: {found.st_size} bytes, expected at most {most}")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent}: {path.name} is missing") from error
-    except OSError as error:
-        raise ValueError(f"{path}: can't be read: {error.strerror}") from error
+    _, folder = resolve(id_or_path, revision)
+    raw = read_json(folder / "config.json")
+    path = folder / "tokenizer_config.json"
+    tokenizer_config = read_json(path) if path.exists() else {}
+    config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
+    tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config)
+    if config.quantised:
+        raise ValueError(f"{folder}: its weights are int8: training starts from what they were quantised from")
+    with Tensors(folder) as tensors:
+        stored = {canonical(name): name for name in tensors.names() if not IGNORED.fullmatch(name)}
+        expected, _ = expected_tensors(config)
+        for name, shape in expected.items():
+            if name not in stored:
+                raise ValueError(f"{folder}: {name} is missing")
+            if tensors.shape(stored[name]) != shape or tensors.kind(stored[name]) not in NUMBERS:
+                found = f"{tensors.kind(stored[name])} {tensors.shape(stored[name])}"
+                raise ValueError(f"{folder}: {name} is {found}, expected numbers of shape {shape} from config.json")
+        state = {name: tensors.read(stored[name]) for name in expected}
+    for name, tensor in state.items():
+        _check_finite(name, tensor)
+    return Decoder(raw, tokenizer, tokenizer_config, state)
 
 
 def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any]) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_buffer(_read(path, _MOST_TOKENIZER))
+        tokenizer = Tokenizer.from_buffer(read_bytes(path, _MOST_TOKENIZER))
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and its panics are not even that
@@ -252,125 +264,9 @@ def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any])
     return tokenizer
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights, and for several the file of each tensor; `model.safetensors` goes before an
-    index, as in Transformers."""
-    index, whole = folder / _INDEX, folder / _WEIGHTS
-    where = None
-    if index.exists():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise ValueError(f"{index}: weight_map is {where!r:.80}, expected an object of files by tensor")
-        for name, file in where.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(
-                    f"{index}: weight_map[{name!r:.80}] is {file!r:.80}, expected a safetensors file's name"
-                )
-    if whole.exists():
-        return [whole], None
-    if where is None:
-        raise ValueError(f"{folder}: neither {_WEIGHTS} nor {_INDEX} is there")
-    paths = [folder / name for name in sorted(set(where.values()))]
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{folder}: {path.name}, listed in {_INDEX}, is missing")
-    return paths, where
-
-
-class _Tensors:
-    """All tensors of a folder's safetensors files by name, memory-mapped."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._stack = ExitStack()
-        self._paths: dict[str, str] = {}  # by tensor
-        self._files: dict[str, Any] = {}  # by path
-
-    def __enter__(self) -> _Tensors:
-        from safetensors import SafetensorError, safe_open
-
-        paths, where = _weight_files(self._folder)
-        for path in paths:
-            if not path.is_file():
-                raise ValueError(f"{path}: no regular file")
-            try:
-                opened = self._stack.enter_context(safe_open(str(path), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: damaged or incomplete: {error}") from error
-            self._files[str(path)] = opened
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                if name in self._paths:
-                    raise ValueError(f"{name} is in {Path(self._paths[name]).name} and in {path.name}")
-                if where is not None and where.get(name) != path.name:
-                    raise ValueError(f"{path}: holds {name}, which {_INDEX} has in {where.get(name)}")
-                self._paths[name] = str(path)
-        absent = sorted((where or {}).keys() - self._paths.keys())
-        if absent:
-            raise ValueError(f"{self._folder}: {absent[0]} is listed in {_INDEX}, but {where[absent[0]]} lacks it")  # type: ignore[index]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def names(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def kind(self, name: str) -> str:
-        """The stored type, as safetensors calls it."""
-        return str(self._slice(name).get_dtype())
-
-    def rows(self, name: str, start: int) -> torch.Tensor:
-        """One row of a matrix."""
-        return self._slice(name)[start : start + 1][0]
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._files[self._paths[name]].get_tensor(name)
-
-    def read_apart(self, name: str) -> torch.Tensor:
-        """In a mapping of its own, no page of it touched: to keep it keeps no other tensor's pages in memory."""
-        from safetensors import safe_open
-
-        with safe_open(self._paths[name], framework="pt") as opened:
-            return opened.get_tensor(name)
-
-    def _slice(self, name: str) -> Any:
-        return self._files[self._paths[name]].get_slice(name)
-
-
-def _expected(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """The decoder's shapes by canonical name, and which of them are its linears: what may be stored quantised."""
-    hidden = config.hidden_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        _EMBEDDING: (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    linears: set[str] = set()
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        attn = f"{prefix}self_attn."
-        own = {f"{attn}{x}_proj": (size, hidden) for x, size in (("q", q_size), ("k", kv_size), ("v", kv_size))}
-        if config.attention_bias:
-            shapes |= {f"{name}.bias": size[:1] for name, size in own.items()}
-        if config.output_bias:
-            shapes[f"{attn}o_proj.bias"] = (hidden,)
-        own[f"{attn}o_proj"] = (hidden, q_size)
-        own |= {f"{prefix}mlp.{x}_proj": (config.intermediate_size, hidden) for x in ("gate", "up")}
-        own[f"{prefix}mlp.down_proj"] = (hidden, config.intermediate_size)
-        linears |= {f"{name}.weight" for name in own}
-        shapes |= {f"{name}.weight": size for name, size in own.items()}
-        if config.qk_norm:
-            shapes |= {f"{attn}{x}_norm.weight": (config.head_dim,) for x in "qk"}
-        shapes |= {f"{prefix}{x}_layernorm.weight": (hidden,) for x in ("input", "post_attention")}
-    return shapes, linears
-
-
 def _load(
     checkpoint: Checkpoint,
-    tensors: _Tensors,
+    tensors: Tensors,
     device: torch.device,
     dtype: torch.dtype,
     prepare: Prepare | None,
@@ -409,10 +305,10 @@ def _load(
         return converted(names, stacked(*names))
 
     def embedding() -> torch.Tensor:
-        table = plain(_EMBEDDING)
-        if device.type != "cpu" or tensors.kind(stored[_EMBEDDING]) == "F64":
+        table = plain(EMBEDDING)
+        if device.type != "cpu" or tensors.kind(stored[EMBEDDING]) == "F64":
             return table.to(device)
-        return tensors.read_apart(stored[_EMBEDDING])  # `table` is checked: all its pages are in memory
+        return tensors.read_apart(stored[EMBEDDING])  # `table` is checked: all its pages are in memory
 
     def linear(*names: str, outputs: slice = slice(None)) -> Weight:
         """Some outputs of a linear, or of several along the first dimension, as the backend wants them."""
@@ -435,7 +331,7 @@ def _load(
             if tensors.shape(stored[_CLASSIFIER])[0] == 2:  # the relevant label's row less the other's
                 rows = [(_CLASSIFIER, 1), (_CLASSIFIER, 0)]
         else:
-            matrix = _LM_HEAD if _LM_HEAD in stored else _EMBEDDING
+            matrix = _LM_HEAD if _LM_HEAD in stored else EMBEDDING
             rows = [(matrix, number) for number in logit.token_ids(checkpoint.tokenizer)]
         vector = torch.zeros(config.hidden_size)
         for (name, number), sign in zip(rows, (1, -1), strict=True):
@@ -473,7 +369,7 @@ def _load(
     )
 
 
-def _account(checkpoint: Checkpoint, tensors: _Tensors) -> dict[str, str]:
+def _account(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, str]:
     """Stored names by canonical name, after every tensor's name, shape and type has been found to be what is expected.
 
     Raises:
@@ -481,17 +377,17 @@ def _account(checkpoint: Checkpoint, tensors: _Tensors) -> dict[str, str]:
     """
     config, stored = checkpoint.config, dict[str, str]()
     for name in tensors.names():
-        if not _IGNORED.fullmatch(name):
-            if _canonical(name) in stored:
-                raise ValueError(f"{_canonical(name)} is there twice, as {stored[_canonical(name)]} and as {name}")
-            stored[_canonical(name)] = name
-    expected, linears = _expected(config)
+        if not IGNORED.fullmatch(name):
+            if canonical(name) in stored:
+                raise ValueError(f"{canonical(name)} is there twice, as {stored[canonical(name)]} and as {name}")
+            stored[canonical(name)] = name
+    expected, linears = expected_tensors(config)
     if isinstance(checkpoint.family.readout, Cosine):
         stored.pop(_LM_HEAD, None)  # never used
         expected |= _projector_shapes(checkpoint, tensors, stored)
     else:
         expected |= _head_shape(checkpoint, tensors, stored)
-    kinds = {name: ("I8",) if config.quantised and name in linears else _NUMBERS for name in expected}
+    kinds = {name: ("I8",) if config.quantised and name in linears else NUMBERS for name in expected}
     if config.quantised:
         for name in linears & stored.keys():
             expected[f"{name}_scale"], kinds[f"{name}_scale"] = expected[name][:1], ("F32",)
@@ -520,7 +416,7 @@ def _account(checkpoint: Checkpoint, tensors: _Tensors) -> dict[str, str]:
 
 
 def _projector_shapes(
-    checkpoint: Checkpoint, tensors: _Tensors, stored: Mapping[str, str]
+    checkpoint: Checkpoint, tensors: Tensors, stored: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
     """Of a listwise checkpoint's projector."""
     names = [f"projector.{i}.weight" for i in (0, 2)]
@@ -543,7 +439,7 @@ def _projector_shapes(
 
 
 def _head_shape(
-    checkpoint: Checkpoint, tensors: _Tensors, stored: Mapping[str, str]
+    checkpoint: Checkpoint, tensors: Tensors, stored: Mapping[str, str]
 ) -> dict[str, tuple[int, ...]]:
     """Of what a score's logit is read by: a classifier's head, a stored output head, or the embedding."""
     config, family = checkpoint.config, checkpoint.family
@@ -577,12 +473,3 @@ def _check_finite(name: str, tensor: torch.Tensor, where: str = "") -> None:
     # The sum shows any NaN or infinity in one pass; only then is it worth a second look.
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
         raise ValueError(f"{name} holds NaN or infinity {where}".rstrip())
-
-
-def _canonical(name: str) -> str:
-    projector = _PROJECTOR.fullmatch(name)
-    if projector:
-        return f"projector.{ {'linear1': '0', 'linear2': '2'}.get(projector[1], projector[1]) }.weight"
-    if re.match(r"(layers|embed_tokens|norm)\.", name):
-        return f"model.{name}"
-    return name

@@ -65,7 +65,7 @@ def default_model() -> Path:
 
 @app.command()
 def rerank(
-    query: Annotated[str, typer.Argument(help="What is searched for.")],
+    query: Annotated[str | None, typer.Argument(help="What is searched for; not with --requests.")] = None,
     files: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -81,6 +81,15 @@ def rerank(
     max_query_length: Annotated[int | None, typer.Option(help="Tokens of the query; default: the model's cap.")] = None,
     orders: Annotated[int, typer.Option(help="Score the mean over this many orders of the list.")] = 1,
     block_size: Annotated[int, typer.Option(help="Documents in one prompt.")] = 125,
+    score_threshold: Annotated[float | None, typer.Option(help="Leave out what scores lower.")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Many at once: a .jsonl file, a query and its documents a line.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Of --requests: the .jsonl file of results; what is there is resumed.")
+    ] = None,
+    trec: Annotated[Path | None, typer.Option(help="Of --requests: also a TREC run, where all have an id.")] = None,
+    return_documents: Annotated[bool, typer.Option(help="Of --requests: results hold the documents.")] = False,
     as_json: JsonOption = False,
     explain: ExplainOption = False,
     device: DeviceOption = "auto",
@@ -90,14 +99,24 @@ def rerank(
     revision: RevisionOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Rank documents from files, or from stdin: one a line, as text or as JSON."""
+    """Rank documents from files, or from stdin: one a line, as text or as JSON. Or a whole file of requests."""
     from lastrerank.documents import read_documents
 
+    options = {"top_n": top_n, "instruction": instruction, "max_doc_length": max_doc_length,
+               "max_query_length": max_query_length, "orders": orders, "block_size": block_size,
+               "score_threshold": score_threshold}  # fmt: skip
+    loading = {"device": device, "dtype": dtype, "backend": backend, "family": family, "revision": revision}
     try:
+        if requests is not None:
+            if query is not None or output is None:
+                raise ValueError("--requests: expected --output, and no query or files")
+            _run_batch(requests, output, trec, return_documents, model, options, loading, threads)
+            return
+        if query is None:
+            raise ValueError("expected a query and documents, or --requests with --output")
+        if output is not None or trec is not None or return_documents:
+            raise ValueError("--output, --trec and --return-documents go with --requests")
         documents, names = read_documents(files or [Path("-")], column)
-        options = {"top_n": top_n, "instruction": instruction, "max_doc_length": max_doc_length,
-                   "max_query_length": max_query_length, "orders": orders, "block_size": block_size}  # fmt: skip
-        loading = {"device": device, "dtype": dtype, "backend": backend, "family": family, "revision": revision}
         _run(query, documents, names, model, options, loading, as_json, explain, threads)
     except _EXPECTED as error:
         _fail(error)
@@ -155,8 +174,10 @@ def evaluate(
     from lastrerank import Reranker
     from lastrerank.evaluation import compare, contenders, report
 
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
+
     def own(name: str) -> contenders.Contender:
-        return contenders.Own(Reranker.from_pretrained(name, device=device, dtype=dtype, backend=backend))
+        return contenders.Own(Reranker.from_pretrained(name, **loading))
 
     options: dict[str, Any] = {
         "split": split, "query_folder": queries_from, "run": run, "top_k": top_k, "orders": order or ["descending"],
@@ -290,10 +311,9 @@ def serve(
         from lastrerank.server import create_app
 
         _set_threads(threads)
-        loaded = Reranker.from_pretrained(
-            model or default_model(), device=device, dtype=dtype, backend=backend, family=family,
-            deterministic=deterministic, revision=revision,
-        )  # fmt: skip
+        loading: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "family": family,
+                                   "deterministic": deterministic, "revision": revision}  # fmt: skip
+        loaded = Reranker.from_pretrained(model or default_model(), **loading)
         loaded.warmup()
         engine = Engine(
             loaded, max_batch_tokens=max_batch_tokens, max_queue_tokens=max_queue_tokens,
@@ -329,9 +349,8 @@ def convert(
 
     try:
         backend = "native" if dtype == "int8" else "reference"
-        loaded = Reranker.from_pretrained(
-            model, device="cpu", dtype=dtype, backend=backend, family=family, revision=revision
-        )
+        loading: dict[str, Any] = {"dtype": dtype, "backend": backend, "family": family, "revision": revision}
+        loaded = Reranker.from_pretrained(model, device="cpu", **loading)
         loaded.save_pretrained(output)
     except _EXPECTED as error:
         _fail(error)
@@ -344,7 +363,8 @@ def download(
     revision: RevisionOption = None,
 ) -> None:
     """Fetch a checkpoint from the Hub, and print the folder that it is in; no code is fetched."""
-    from lastrerank.checkpoint import read_json, resolve
+    from lastrerank.checkpoint import resolve
+    from lastrerank.stored import read_json
 
     try:
         folder = resolve(model, revision)[1]
@@ -463,6 +483,19 @@ def _run(
         )  # fmt: skip
     if random:
         console.print(RANDOM_NOTICE, style="bold yellow")
+
+
+def _run_batch(
+    source: Path, output: Path, trec: Path | None, return_documents: bool, model: str, options: dict[str, Any],
+    loading: dict[str, Any], threads: int | None,
+) -> None:  # fmt: skip
+    from lastrerank import Reranker
+    from lastrerank.batch import read_requests, rerank_file
+
+    wanted = read_requests(source, {name: value for name, value in options.items() if value is not None})
+    _set_threads(threads)
+    loaded = Reranker.from_pretrained(model or default_model(), **loading)
+    print(json.dumps(rerank_file(loaded, wanted, output, trec=trec, return_documents=return_documents)))
 
 
 def _blocks(sizes: list[int]) -> str:

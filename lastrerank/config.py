@@ -1,9 +1,9 @@
 """What a checkpoint's `config.json` says, checked once and frozen.
 
 Source of the fields: the published configurations of jina-reranker-v3 and v3.5, Qwen3-Reranker and mxbai-rerank-v2
-(Qwen3 and Qwen2 decoders), in the spellings of Transformers 4 (`rope_theta`, `torch_dtype`) and Transformers 5
-(`rope_parameters`, `dtype`). What is absent is derived as Transformers derives it. Every field is read, known to
-change no number, or refused by name.
+(Qwen3 and Qwen2 decoders) and SmolLM2 (Llama), in the spellings of Transformers 4 (`rope_theta`, `torch_dtype`) and
+Transformers 5 (`rope_parameters`, `dtype`). What is absent is derived as Transformers derives it. Every field is read,
+known to change no number, or refused by name.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _READ = frozenset({
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu", "is_causal": True, "mlp_bias": False, "use_mrope": False, "partial_rotary_factor": 1.0,
     "pruned_heads": {}, "add_cross_attention": False, "is_encoder_decoder": False, "pretraining_tp": 1,
+    "rope_interleaved": False,
 }  # fmt: skip
 # Fields that change no hidden state of one causal pass without dropout: names, training, generation, output heads.
 _HARMLESS = frozenset({
@@ -46,11 +47,13 @@ _HARMLESS = frozenset({
     "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
     "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "prefix", "is_llama_config",
+    "transformers.js_config",
 })  # fmt: skip
 # What may stand in our own object: caps, the family (earlier: a template of the listwise one), and that the weights are
 # random.
 _OWN = frozenset({"max_query_length", "max_doc_length", "family", "template", "random"})
+MODEL_TYPES = ("qwen3", "qwen2", "llama")
 # Architectures whose head is a classification's.
 CLASSIFIERS = ("Qwen2ForSequenceClassification", "Qwen3ForSequenceClassification")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -109,8 +112,8 @@ class ModelConfig:
                 the message names it and its value.
         """
         model_type = raw.get("model_type")
-        if model_type not in ("qwen3", "qwen2"):
-            raise _bad("model_type", model_type, "'qwen3' or 'qwen2'")
+        if model_type not in MODEL_TYPES:
+            raise _bad("model_type", model_type, f"one of {MODEL_TYPES}")
         own = raw.get("lastrerank")
         own = {} if own is None else own
         if not isinstance(own, Mapping):
@@ -120,12 +123,13 @@ class ModelConfig:
         num_layers = _integer(raw, "num_hidden_layers", most=_MOST_LAYERS)
         hidden_size, num_heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
         # Absent and null differ in Transformers: absent is its class's default.
-        num_kv_heads = 32 if "num_key_value_heads" not in raw else _integer(raw, "num_key_value_heads", num_heads)
+        absent = "num_key_value_heads" not in raw and model_type != "llama"
+        num_kv_heads = 32 if absent else _integer(raw, "num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
             )
-        if raw.get("head_dim") is None and model_type == "qwen2" and hidden_size % num_heads:
+        if raw.get("head_dim") is None and model_type != "qwen3" and hidden_size % num_heads:
             raise ValueError(
                 f"config.json: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}, "
                 "and head_dim isn't given"
@@ -137,14 +141,16 @@ class ModelConfig:
         max_positions = _integer(raw, "max_position_embeddings")
         limit = _context_limit(model_max_length)
         windowed = _boolean(raw, "use_sliding_window", False)
+        if windowed and model_type == "llama":
+            raise _bad("use_sliding_window", windowed, "false: no Llama decoder has windows")
         caps = [
             None if own.get(name) is None else _integer(own, name, of="lastrerank.")
             for name in ("max_query_length", "max_doc_length")
         ]
         _boolean(own, "random", False, of="lastrerank.")
 
-        # Qwen2 has a bias on q, k, v and never QK-norm, whatever its configuration says; Qwen3 has QK-norm, and a bias
-        # on all four projections or on none.
+        # Qwen2 has a bias on q, k, v, whatever its configuration says; Qwen3 and Llama have one on all four projections
+        # or on none. QK-norm is Qwen3's alone.
         bias = _boolean(raw, "attention_bias", model_type == "qwen2")
         if model_type == "qwen2" and not bias:
             raise _bad("attention_bias", bias, "true: a Qwen2 decoder has biases")
@@ -163,7 +169,7 @@ class ModelConfig:
             rope_theta=_rope_theta(raw),
             layer_windows=_layer_windows(raw, num_layers, windowed),
             attention_bias=bias,
-            output_bias=bias and model_type == "qwen3",
+            output_bias=bias and model_type != "qwen2",
             qk_norm=qk_norm,
             quantised=_quantised(raw),
             max_context=max_positions if limit is None else limit,

@@ -46,13 +46,17 @@ def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:
     documents = [GOLDENS[0].documents[i % 3] * (1 + i % 7) for i in range(40)]
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(folder, "tiny-v3.5", tokenizer=small_tokenizer())
-        truth = _scores(Reranker.from_pretrained(folder, device="cpu", backend="reference"), documents)
+
+        def scores(**loading: Any) -> list[float]:
+            return _scores(Reranker.from_pretrained(folder, **loading), documents)
+
+        truth = scores(device="cpu", backend="reference")
         difference = {
-            backend: max(abs(a - b) for a, b in zip(
-                truth, _scores(Reranker.from_pretrained(folder, device=str(device), backend=backend), documents),
-                strict=True))
+            backend: max(
+                abs(a - b) for a, b in zip(truth, scores(device=str(device), backend=backend), strict=True)
+            )
             for backend in backends
-        }  # fmt: skip
+        }
     return {"ok": all(d <= _SELF_CHECK_TOLERANCE[device.type] for d in difference.values()), "difference": difference}
 
 
@@ -78,7 +82,9 @@ def verify_checkpoint(id_or_path: str | Path, device: str = "auto") -> dict[str,
     )
     report = {"ok": difference <= golden.tolerance, "scores": scores, "published": list(golden.scores)}
     if golden.vector:
-        vector = [float(x) for x in ordered[0]["embedding"][: len(golden.vector)]]
+        found = ordered[0]["embedding"]
+        assert found is not None
+        vector = [float(x) for x in found[: len(golden.vector)]]
         off = max(abs(a - b) for a, b in zip(vector, golden.vector, strict=True))
         message += f", vector components by {off:.1e}"
         report |= {"ok": report["ok"] and off < 1e-2, "vector": vector}

@@ -32,9 +32,8 @@ def read_documents(sources: list[Path], column: str = "text") -> tuple[list[Any]
 
     Args:
         sources: files: `.jsonl` and `.ndjson` hold a document a line (a string, or an object with `text`), `.json` an
-        array
-            of them, `.csv` and `.tsv` a table with a header; any other is one document. With `.gz` after it a file is
-            unpacked. A folder stands for its files. `-` is standard input: a document a line, as text or as JSON.
+            array of them, `.csv` and `.tsv` a table with a header; any other is one document. With `.gz` after it a
+            file is unpacked. A folder stands for its files. `-` is standard input: a document a line, as text or JSON.
         column: of a table.
 
     Raises:
@@ -48,6 +47,28 @@ def read_documents(sources: list[Path], column: str = "text") -> tuple[list[Any]
     return documents, names
 
 
+def json_lines_of(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line of a `.jsonl` file (`.gz` too, `-` is standard input) with where it stands.
+
+    Raises:
+        ValueError: it can't be read, or a line is no JSON.
+    """
+    data = sys.stdin.buffer.read() if str(path) == "-" else _unpacked(path)[0]
+    source = "stdin" if str(path) == "-" else str(path)
+    for number, line in enumerate(_decoded(data, source).split("\n"), 1):
+        if line.strip():
+            yield f"{source}:{number}", _json(line, f"{source}:{number}")
+
+
+def _unpacked(path: Path) -> tuple[bytes, str]:
+    """A file's content and its suffix, without `.gz`."""
+    try:
+        data, suffix = path.read_bytes(), path.suffix.lower()
+        return (gzip.decompress(data), Path(path.stem).suffix.lower()) if suffix == ".gz" else (data, suffix)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         files = [entry for entry in sorted(path.rglob("*")) if entry.is_file() and not _is_hidden(entry, path)]
@@ -56,13 +77,7 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         for entry in files:
             yield from _path(entry, column)
         return
-    try:
-        data = path.read_bytes()
-        suffix = path.suffix.lower()
-        if suffix == ".gz":
-            data, suffix = gzip.decompress(data), Path(path.stem).suffix.lower()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
+    data, suffix = _unpacked(path)
     text = _decoded(data, str(path))
     if suffix in _LINES:
         yield from _lines(text, str(path), json_only=True)

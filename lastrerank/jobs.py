@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from lastrerank.prompt import EncodedBlock, EncodedRequest, PassRows
-from lastrerank.request import RerankRequest
+from lastrerank.request import RerankRequest, RerankResult
 from lastrerank.texts import Steps
 
 # Jobs that are looked through for a pass.
@@ -60,7 +59,7 @@ class Answer:
     """results: as `Reranker.rerank` returns them. encoded: tokens, blocks and cuts. Seconds: tokenising, waiting for
     passes, and in passes."""
 
-    results: list[dict[str, Any]]
+    results: list[RerankResult]
     encoded: EncodedRequest
     tokenise_seconds: float
     queue_seconds: float

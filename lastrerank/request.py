@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
+
+import numpy as np
 
 # The published block size: documents in one prompt, at most.
 BLOCK_SIZE = 125
 
 Document = str | Mapping[str, Any]
+
+
+class _Result(TypedDict):
+    document: Any
+    relevance_score: float
+    index: int
+    embedding: np.ndarray | None
+
+
+class RerankResult(_Result, total=False):
+    """A row of what `rerank` returns.
+
+    document: the caller's own object. relevance_score: as the family publishes it, of a listwise one a cosine in
+    [-1, 1]. index: the document's position in the list that was given. embedding: fp32 `[P]`, not normalised, or None.
+    raw_score: of a family that judges one document at a time, the logit that is ranked by.
+    """
+
+    raw_score: float
 
 
 @dataclass(frozen=True)
@@ -19,7 +40,8 @@ class RerankRequest:
     documents: strings, or mappings with a `text`, in a sequence, an array or a column of one. An empty instruction is
     none. top_n: results wanted, None for all. Lengths are in tokens, None
     for the checkpoint's caps; a longer text is cut. block_size: documents in one prompt. orders: the mean over this
-    many seeded orders of the list is scored, at `orders` times the cost; 1 scores the list as given.
+    many seeded orders of the list is scored, at `orders` times the cost; 1 scores the list as given. score_threshold:
+    results whose relevance_score is lower are left out.
     """
 
     query: str
@@ -31,6 +53,7 @@ class RerankRequest:
     instruction: str | None = None
     block_size: int = BLOCK_SIZE
     orders: int = 1
+    score_threshold: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("query", "instruction"):  # a kind of str may mean something else by + and by ==
@@ -91,6 +114,12 @@ class RerankRequest:
         _check_integer(self.max_query_length, prefix + "max_query_length", 1, optional=True)
         _check_integer(self.block_size, prefix + "block_size", 1)
         _check_integer(self.orders, prefix + "orders", 1)
+        threshold = self.score_threshold
+        if threshold is not None:
+            if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+                raise TypeError(f"{prefix}score_threshold is {threshold!r:.80}, expected a number")
+            if not math.isfinite(threshold):
+                raise ValueError(f"{prefix}score_threshold is {threshold}, expected a finite number")
 
 
 def _check_text(value: object, name: str) -> None:

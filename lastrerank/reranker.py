@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from lastrerank.model import Model
 from lastrerank.packing import pack
 from lastrerank.progress import Progress
 from lastrerank.prompt import EncodedBlock, EncodedRequest, PassRows, RequestEncoder
-from lastrerank.request import BLOCK_SIZE, Document, RerankRequest
+from lastrerank.request import BLOCK_SIZE, Document, RerankRequest, RerankResult
 from lastrerank.texts import Steps, run
 
 # The checkpoint in the package.
@@ -32,6 +33,8 @@ BUNDLED = "lastrerank-13m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
           "float8": torch.float8_e4m3fn}  # fmt: skip
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"]
+Backend = Literal["auto", "native", "triton", "flash-attn", "reference"]
 # int8 and float8 name the linears' weights; everything else is in this then.
 _ACTIVATIONS = {"int8": torch.float32, "float8": torch.bfloat16}
 
@@ -98,8 +101,8 @@ class Reranker:
         id_or_path: str | os.PathLike[str] = BUNDLED,
         *,
         device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        backend: str = "auto",
+        dtype: Dtype | torch.dtype = "auto",
+        backend: Backend = "auto",
         family: str | Family = "auto",
         deterministic: bool = False,
         revision: str | None = None,
@@ -123,24 +126,24 @@ class Reranker:
         made_by = {"id_or_path": id_or_path, "device": device, "dtype": dtype, "backend": backend,
                    "family": family, "deterministic": deterministic, "revision": revision}  # fmt: skip
         target = resolve_device(str(device))
-        dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-        if not isinstance(dtype, str) or dtype not in ("auto", *DTYPES):
+        kind = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+        if not isinstance(kind, str) or kind not in ("auto", *DTYPES):
             raise ValueError(f"dtype is {dtype!r}, expected 'auto', {', '.join(map(repr, DTYPES))}")
         if not isinstance(backend, str) or (backend != "auto" and backend not in ops.BACKENDS):
             raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {list(ops.BACKENDS)}")
         known = None if isinstance(family, str) and family == "auto" else named(family)
-        if dtype == "auto":
-            dtype = "float32" if target.type == "cpu" else "bfloat16"
+        if kind == "auto":
+            kind = "float32" if target.type == "cpu" else "bfloat16"
         source = open_checkpoint(id_or_path, revision, known)
         if Path(id_or_path).is_dir():  # another process may stand in another folder
             made_by["id_or_path"] = str(source.folder.resolve())
         encoder = source.family.prompt.encoder(source.tokenizer, source.config)
-        name, operations = ops.select(backend, target, DTYPES[dtype])
-        compute_dtype = _ACTIVATIONS.get(dtype, DTYPES[dtype])
+        name, operations = ops.select(backend, target, DTYPES[kind])
+        compute_dtype = _ACTIVATIONS.get(kind, DTYPES[kind])
         weights = source.weights(target, compute_dtype, operations.prepare)
         return cls(
             source, Model(source.config, weights, operations), encoder,
-            device=target, backend=name, dtype=dtype, deterministic=deterministic, made_by=made_by,
+            device=target, backend=name, dtype=kind, deterministic=deterministic, made_by=made_by,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -192,27 +195,29 @@ class Reranker:
         instruction: str | None = None,
         block_size: int = BLOCK_SIZE,
         orders: int = 1,
+        score_threshold: float | None = None,
         progress: bool | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[RerankResult]:
         """Rank documents by relevance to a query. Same arguments, keys and order as the published `rerank`.
 
         Arguments are those of `RerankRequest`. progress: True or False, None shows a bar on a terminal when it takes
         long.
 
         Returns:
-            Dicts, best first, ties in input order: `document` (the caller's own object), `relevance_score` (as the
-            family publishes it: of a listwise one a cosine in [-1, 1]), `index`, `embedding` (fp32 `[P]`, not
-            normalised, or None); of a family that judges one document at a time also `raw_score`, the logit that is
-            ranked by. `[]` for no documents.
+            Dicts, best first, ties in input order (see `RerankResult`). `[]` for no documents.
 
         Raises:
             TypeError, ValueError: an argument is bad; the message names it, its position and its value.
         """
         request = RerankRequest(
             query, documents, top_n, return_embeddings, max_doc_length, max_query_length, instruction, block_size,
-            orders,
+            orders, score_threshold,
         )  # fmt: skip
         return self.rerank_many([request], progress=progress)[0]
+
+    async def arerank(self, query: str, documents: Sequence[Document], **options: Any) -> list[RerankResult]:
+        """`rerank` on a thread, for whoever must not wait; many at once are better served by an `Engine`."""
+        return await asyncio.to_thread(partial(self.rerank, query, documents, **options))
 
     def rerank_many(
         self,
@@ -220,7 +225,7 @@ class Reranker:
         *,
         max_batch_tokens: int | None = None,
         progress: bool | None = None,
-    ) -> list[list[dict[str, Any]]]:
+    ) -> list[list[RerankResult]]:
         """Rank several lists in packed passes of at most `max_batch_tokens` tokens (a longer block goes alone).
 
         Scores are those of each request alone. Requests are `RerankRequest`s or mappings of their fields. Results in
@@ -503,20 +508,24 @@ def _advance(bar: Progress, documents: float, tokens: int) -> None:
     bar.advance(documents)
 
 
-def ranked(request: RerankRequest, scored: Scored) -> list[dict[str, Any]]:
-    """The results of a request, best first, ties in input order, at most `top_n`."""
+def ranked(request: RerankRequest, scored: Scored) -> list[RerankResult]:
+    """The results of a request, best first, ties in input order, at most `top_n`, none below `score_threshold`."""
     raw = scored.scores if scored.raw is None else scored.raw
-    order = np.argsort(-raw, kind="stable")[: request.top_n]
-    return [
-        {
+    order = np.argsort(-raw, kind="stable")
+    if request.score_threshold is not None:
+        order = order[scored.scores[order].astype(np.float64) >= request.score_threshold]
+    results: list[RerankResult] = []
+    for i in order[: request.top_n]:
+        result: RerankResult = {
             "document": request.documents[i],
             "relevance_score": float(scored.scores[i]),
             "index": int(i),
             "embedding": scored.vectors[i].copy() if request.return_embeddings else None,
-            **({} if scored.raw is None else {"raw_score": float(raw[i])}),
         }
-        for i in order
-    ]
+        if scored.raw is not None:
+            result["raw_score"] = float(raw[i])
+        results.append(result)
+    return results
 
 
 def _load_again(made_by: dict[str, Any], wanted: str) -> Reranker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Control characters, which a terminal obeys, and marks that turn the direction of what stands beside them.
@@ -16,7 +17,9 @@ def plain(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def results_table(query: str, results: list[dict[str, Any]], names: list[str], encoded: Any, explain: bool) -> Any:
+def results_table(
+    query: str, results: Sequence[Mapping[str, Any]], names: list[str], encoded: Any, explain: bool
+) -> Any:
     """A ranking as a rich table."""
     from rich.table import Table
     from rich.text import Text

@@ -48,7 +48,10 @@ def measure(
     dtype = "float32" if target.type == "cpu" else "bfloat16"
     available = [name for name, reason in ops.availability(target, getattr(torch, dtype)).items() if reason is None]
     variants = [(name, dtype) for name in available] + [("native", "int8")] * ("native" in available)
-    loaded = {f"{b} {d}": Reranker.from_pretrained(model, device=device, backend=b, dtype=d) for b, d in variants}
+    loading: list[dict[str, Any]] = [{"backend": name, "dtype": own} for name, own in variants]
+    loaded = {
+        f"{o['backend']} {o['dtype']}": Reranker.from_pretrained(model, device=device, **o) for o in loading
+    }
     truth = loaded.get("reference float32") or Reranker.from_pretrained(
         model, device=device, backend="reference", dtype="float32"
     )

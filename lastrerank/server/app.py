@@ -126,17 +126,23 @@ def create_app(
         return response
 
     most = bounds.max_documents
-    rerank, score = dialects.read_rerank, partial(dialects.read_score, most=most)
+    doc_cap = engine.reranker.encoder.max_doc_length
+    rerank = partial(dialects.read_rerank, most=most, doc_cap=doc_cap)
+    score = partial(dialects.read_score, most=most, doc_cap=doc_cap)
+    ranking = partial(dialects.read_ranking, most=most)
     readers: dict[str, Reader] = {
-        "/v1/rerank": partial(rerank, documents_back=True, is_tei=False, most=most),
-        "/v2/rerank": partial(rerank, documents_back=False, is_tei=False, most=most),
-        "/rerank": partial(rerank, documents_back=True, is_tei=True, most=most),
-        "/reranking": partial(rerank, documents_back=False, is_tei=False, most=most),
-        "/v1/reranking": partial(rerank, documents_back=False, is_tei=False, most=most),
+        "/v1/rerank": partial(rerank, documents_back=True),
+        "/v2/rerank": partial(rerank, documents_back=False),
+        "/rerank": partial(rerank, documents_back=True, is_tei=True),
+        "/infinity/rerank": partial(rerank, documents_back=False, is_infinity=True),
+        "/reranking": partial(rerank, documents_back=False),
+        "/v1/reranking": partial(rerank, documents_back=False),
         "/score": score,
         "/v1/score": score,
-        "/v1/ranking": partial(dialects.read_ranking, most=most),
+        "/v1/ranking": ranking,
     }
+    described = list(readers)
+    readers |= {f"/v1/retrieval/{name}/reranking": ranking for name in known}  # as NVIDIA's service has it
 
     async def health(request: Request) -> Response:
         if not engine.alive:
@@ -163,7 +169,9 @@ def create_app(
             "max_batch_tokens": engine.max_batch_tokens, "max_queue_tokens": engine.max_queue_tokens,
             "max_request_tokens": engine.max_request_tokens, "max_documents": most, "max_body_bytes": bounds.max_body,
             # As text-embeddings-inference names them.
-            "model_id": names[0], "model_sha": None, "model_dtype": reranker.dtype,
+            "model_id": names[0], "model_sha": None, "model_dtype": reranker.dtype, "sha": None, "docker_label": None,
+            "auto_truncate": True, "max_concurrent_requests": bounds.max_connections, "max_batch_requests": None,
+            "tokenization_workers": None,
             "model_type": {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
             "max_client_batch_size": most, "max_input_length": reranker.encoder.max_doc_length,
         })  # fmt: skip
@@ -182,7 +190,7 @@ def create_app(
         return JSONResponse(as_model(name))
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(description(list(readers), api_key is not None))
+        return JSONResponse(description(described, api_key is not None))
 
     def page(file: str, request: Request) -> Response:
         return HTMLResponse((_PAGES / file).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ that are objects come back as the bytes they came as.
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ class TextDocument(Struct):
 class RerankBody(Struct, forbid_unknown_fields=True):
     """A query and its documents, as Jina, Cohere, vLLM, Voyage, Infinity, llama.cpp and TEI (`texts`) have them.
 
-    The cap of a document is max_doc_length, or one of its other names. Fields that would change a score and aren't
-    computed here are refused unless they ask for nothing.
+    The cap of a document is max_doc_length; its other names, which clients send unasked, bound it and don't lift the
+    model's own. Fields that would change a score and aren't computed here are refused unless they ask for nothing.
     """
 
     query: str
@@ -68,6 +69,7 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     return_embeddings: Flag = None
     instruction: str | None = None
     orders: Count = None
+    score_threshold: float | None = None
     block_size: Count = None
     max_doc_length: Count = None
     max_tokens_per_doc: Count = None
@@ -77,7 +79,7 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     truncate: Flag = None
     truncation_direction: str | None = None
     rank_fields: list[str] | None = None
-    raw_scores: Flag = None
+    raw_scores: Flag | UnsetType = UNSET
     max_chunks_per_doc: Count = None
     activation: Flag = None
     use_activation: Flag = None
@@ -120,15 +122,20 @@ class RankingBody(Struct, forbid_unknown_fields=True):
     passages: list[_Text]
     model: str | None = None
     truncate: str | None = None
+    top_n: Count = None
+    top_k: Count = None
 
 
 _rerank, _score, _ranking = (msgspec.json.Decoder(kind) for kind in (RerankBody, ScoreBody, RankingBody))
 _raw_texts, _objects = msgspec.json.Decoder(_RawDocuments), msgspec.json.Decoder(_ObjectDocuments)
 
 
-def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -> Call:
-    """A `RerankBody`. documents_back: whether documents come back unless it says otherwise. is_tei: this route answers
-    `texts` with a bare list, as TEI does. most: documents allowed.
+def read_rerank(
+    content: bytes, most: int, doc_cap: int, *, documents_back: bool, is_tei: bool = False, is_infinity: bool = False
+) -> Call:
+    """A `RerankBody`. most: documents allowed. doc_cap: the model's own, in tokens. documents_back: whether documents
+    come back unless it says otherwise. is_tei: this route answers `texts` with a bare list, as TEI does. is_infinity:
+    it answers as Infinity does, which it also does where `raw_scores` stands, as Infinity's own clients always send it.
 
     Raises:
         BodyError: it can't be served.
@@ -154,14 +161,17 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
     back = _flag(body, "return_text" if tei else "return_documents")
     back = (False if tei else documents_back) if back is None else back
+    infinity = is_infinity or (not tei and body.raw_scores is not UNSET)
     embeddings = bool(_flag(body, "return_embeddings"))
-    caps = [_count(body, name) for name in ("max_doc_length", "max_tokens_per_doc")] + [_prompt_cap(body)]
+    bounds = [cap for cap in (_count(body, "max_tokens_per_doc"), _prompt_cap(body)) if cap is not None]
+    caps = [_count(body, "max_doc_length"), *(min(cap, doc_cap) for cap in bounds)]
     top_n, top_k = _count(body, "top_n"), None if body.top_k is UNSET else _count(body, "top_k")
     request = RerankRequest(
         body.query, texts, top_n=top_n if top_k is None else top_k if top_n is None else min(top_n, top_k),
         return_embeddings=embeddings, max_doc_length=min((cap for cap in caps if cap is not None), default=None),
         max_query_length=_count(body, "max_query_length"), instruction=body.instruction,
         block_size=_count(body, "block_size") or BLOCK_SIZE, orders=_count(body, "orders") or 1,
+        score_threshold=body.score_threshold,
     )  # fmt: skip
     raw: list[Any] = []
     if back and not tei:
@@ -172,10 +182,13 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
         results = []
         for found in answers[0].results:
             row: dict[str, Any] = {"index": found["index"], "relevance_score": score(found)}
-            if back and not tei:
+            if back and infinity:
+                row["document"] = texts[found["index"]]
+            elif back and not tei:
                 row["document"] = _as_object(documents[found["index"]], raw[found["index"]])
             if embeddings:
-                row["embedding"] = found["embedding"].tolist()
+                vector = found["embedding"]
+                row["embedding"] = None if vector is None else vector.tolist()
             results.append(row)
         if tei:
             own = {"text": texts} if back else {}
@@ -184,9 +197,11 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
         tokens = sum(answer.encoded.num_tokens for answer in answers)
         answer = {
             "id": uuid.uuid4().hex, "model": model, "object": "list", "usage": _usage(answers), "results": results,
-            "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1},
+            "created": int(time.time()), "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1},
                      "tokens": {"input_tokens": tokens, "output_tokens": 0}},
         }  # fmt: skip
+        if infinity:  # its clients take no other object
+            answer["object"] = "rerank"
         if body.top_k is not UNSET:  # Voyage's clients read it there, and documents as they were sent
             sent = ((row, documents[row["index"]]) for row in results)
             answer["data"] = [
@@ -197,7 +212,7 @@ def read_rerank(content: bytes, documents_back: bool, is_tei: bool, most: int) -
     return Call([request], len(documents), param, body.model, False in cuts, render)
 
 
-def read_score(content: bytes, most: int) -> Call:
+def read_score(content: bytes, most: int, doc_cap: int) -> Call:
     """A `ScoreBody`.
 
     Raises:
@@ -225,6 +240,7 @@ def read_score(content: bytes, most: int) -> Call:
     for position, text in enumerate(left):
         groups.setdefault(text, []).append(position)
     cap, score = _prompt_cap(body), _published if _activated(body) else _raw
+    cap = None if cap is None else min(cap, doc_cap)
     requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
 
     def render(answers: Sequence[Answer], model: str) -> Any:
@@ -255,7 +271,9 @@ def read_ranking(content: bytes, most: int) -> Call:
         rankings = [{"index": r["index"], "logit": _raw(r)} for r in answers[0].results]
         return {"rankings": rankings, "usage": _usage(answers)}
 
-    request = RerankRequest(body.query.text, [passage.text for passage in body.passages])
+    wanted = [count for count in (_count(body, "top_n"), _count(body, "top_k")) if count is not None]
+    texts = [passage.text for passage in body.passages]
+    request = RerankRequest(body.query.text, texts, top_n=min(wanted, default=None))
     return Call([request], len(body.passages), "passages", body.model, body.truncate == "NONE", render)
 
 
@@ -354,8 +372,8 @@ def _flag(body: Struct, name: str) -> bool | None:
     value = getattr(body, name)
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if value is None or isinstance(value, bool):
-        return value
+    if value is None or value is UNSET or isinstance(value, bool):
+        return None if value is UNSET else value
     raise BodyError(422, f"{name} is {value!r:.40}, expected true or false", name)
 
 

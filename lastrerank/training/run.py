@@ -41,6 +41,7 @@ def train(
     weights: Mapping[str, float] | None = None,
     dev: Sequence[str | os.PathLike[str]] = (),
     every: int = 200,
+    dev_queries: int = DEV_QUERIES,
     patience: int | None = None,
     device: str = "cpu",
     progress: bool | None = None,
@@ -54,6 +55,7 @@ def train(
         config: the recipe.
         weights: relative frequency of each pool of lists.
         dev: BEIR-format folders with a `dev` split, scored at the start and every `every` steps.
+        dev_queries: a seeded sample of as many queries a set; documents are cut as in training.
         patience: stop after this many looks at dev since the best.
         device: torch device.
 
@@ -68,7 +70,7 @@ def train(
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     with locked(target / "train", "this training's folder"):
-        return _train(start, Path(data), target, config, weights, dev, every, patience, device, progress)
+        return _train(start, Path(data), target, config, weights, dev, every, dev_queries, patience, device, progress)
 
 
 def _train(
@@ -79,13 +81,14 @@ def _train(
     weights: Mapping[str, float] | None,
     dev: Sequence[str | os.PathLike[str]],
     every: int,
+    dev_queries: int,
     patience: int | None,
     device: str,
     progress: bool | None,
 ) -> dict[str, Any]:
     begin = open_checkpoint(start)
     # What the weights at a step depend on, beside the recipe.
-    sets = [_DevSet(read_beir(folder, "dev", max_queries=DEV_QUERIES)) for folder in dev]
+    sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
     identity = {
         "start": begin.digest(), "data": _data_digest(data), "weights": dict(weights) if weights else None,
         "dev": [digest(s.dataset.name, s.dataset.queries, s.dataset.qrels, s.dataset.documents) for s in sets],
@@ -150,13 +153,13 @@ def _data_digest(folder: Path) -> str:
 
 
 class _DevSet:
-    def __init__(self, dataset: BeirDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: BeirDataset, doc_tokens: int) -> None:
+        self.dataset, self.doc_tokens = dataset, doc_tokens
         self.candidates: Ranking = ordered(bm25_candidates(dataset, DEV_DEPTH), "random")
 
     def ndcg(self, checkpoint: Path, device: str) -> float:
         reranker = Reranker.from_pretrained(checkpoint, device=device)
-        cap = min(256, reranker.encoder.max_doc_length)
+        cap = min(self.doc_tokens, reranker.encoder.max_doc_length)
         results = reranker.rerank_many(
             [{"query": self.dataset.queries[q], "documents": [self.dataset.documents[d] for d in names],
               "max_doc_length": cap} for q, names in self.candidates.items()], progress=False,

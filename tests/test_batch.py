@@ -1,0 +1,121 @@
+"""A file of requests to a file of results: the same as one by one, resumed, and nothing mixed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lastrerank import Reranker, batch
+from lastrerank.cli import app
+from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
+
+ROWS = [
+    {"id": "q1", "query": "page numbers", "documents": [{"id": "a", "text": "insert a page"}, {"id": "b", "text": ""}]},
+    {"id": "q2", "query": "spelling", "documents": [{"_id": 7, "text": "the spelling checker"}], "top_n": 1},
+    {"id": "q3", "query": "nothing", "documents": []},
+    *({"id": f"r{i}", "query": f"query {i}", "documents": [{"id": f"d{j}", "text": f"text {j} {i}"} for j in range(3)]}
+      for i in range(30)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    overrides = {"max_position_embeddings": 4096, "lastrerank": {"max_query_length": 64, "max_doc_length": 256}}
+    return write_random_checkpoint(
+        tmp_path_factory.mktemp("small"), "tiny", tokenizer=small_tokenizer(), overrides=overrides
+    )
+
+
+def run(folder, *arguments):
+    return CliRunner().invoke(app, ["rerank", "--model", str(folder), *map(str, arguments)])
+
+
+def written(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_results_are_those_of_each_request_and_interruptions_change_nothing(folder, tmp_path, monkeypatch):
+    source, output, trec = written(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", tmp_path / "out.run"
+    ranked = Reranker.rerank_many
+
+    def interrupted(self, requests, **options):
+        if requests[0].query == "query 13":  # the second group
+            raise KeyboardInterrupt
+        return ranked(self, requests, **options)
+
+    monkeypatch.setattr(Reranker, "rerank_many", interrupted)
+    run(folder, "--requests", source, "--output", output)
+    assert len(output.read_text().splitlines()) == batch.GROUP
+    output.open("a").write('{"id": "torn')  # as a crash leaves it
+    monkeypatch.undo()
+    done = run(folder, "--requests", source, "--output", output, "--trec", trec)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"requests": 33, "resumed": batch.GROUP, "output": str(output)}
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in found] == [row["id"] for row in ROWS]
+    reranker = Reranker.from_pretrained(folder)
+    for row, own in zip(ROWS, found, strict=True):
+        expected = reranker.rerank(row["query"], row["documents"], row.get("top_n"))
+        assert [r["index"] for r in own["results"]] == [r["index"] for r in expected]
+        names = [str(r["document"].get("id", r["document"].get("_id"))) for r in expected]
+        assert [r["id"] for r in own["results"]] == names if names else own["results"] == []
+        assert [r["relevance_score"] for r in own["results"]] == pytest.approx(
+            [r["relevance_score"] for r in expected], abs=1e-5
+        )
+    lines = [line.split() for line in trec.read_text().splitlines()]
+    assert lines[0][:2] == ["q1", "Q0"] and [line[3] for line in lines[:2]] == ["1", "2"]
+    assert len(lines) == sum(len(row["results"]) for row in found)
+
+
+def test_other_requests_or_another_model_are_not_mixed_in(folder, tmp_path):
+    source, output = written(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
+    assert run(folder, "--requests", source, "--output", output).exit_code == 0
+    before = output.read_bytes()
+    written(source, [ROWS[0] | {"query": "another"}, *ROWS[1:]])
+    refused = run(folder, "--requests", source, "--output", output)
+    assert refused.exit_code == 2 and "of another requests" in refused.output and output.read_bytes() == before
+    written(source)
+    refused = run(folder, "--requests", source, "--output", output, "--dtype", "bfloat16", "--backend", "reference")
+    assert refused.exit_code == 2 and "dtype and backend" in refused.output and output.read_bytes() == before
+    # Options count as what requests don't state.
+    refused = run(folder, "--requests", source, "--output", output, "--top-n", "1")
+    assert refused.exit_code == 2 and "requests" in refused.output
+
+
+def test_options_documents_and_gzip(folder, tmp_path):
+    source = tmp_path / "in.jsonl.gz"
+    source.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS[:2]).encode()))
+    output = tmp_path / "out.jsonl"
+    done = run(folder, "--requests", source, "--output", output, "--return-documents", "--score-threshold", "-1")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert rows[0]["results"][0]["document"] in ROWS[0]["documents"]
+    done = run(folder, "--requests", source, "--output", tmp_path / "none.jsonl", "--score-threshold", "1.01")
+    assert json.loads((tmp_path / "none.jsonl").read_text().splitlines()[0])["results"] == []
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [("[1]", ":1: expected an object"), ('{"query": "q"}', ":1 has fields"), ("{", ":1: not JSON"),
+     ('{"query": "q", "documents": ["a", 3]}', ":1.documents[1] is a int"), ("", "no requests"),
+     ('{"query": "q", "documents": [], "score_threshold": "x"}', ":1.score_threshold is 'x'")],
+)  # fmt: skip
+def test_bad_lines_are_named_before_any_work(folder, tmp_path, line, said):
+    source = tmp_path / "in.jsonl"
+    source.write_text(line + "\n")
+    done = run(folder, "--requests", source, "--output", tmp_path / "out.jsonl")
+    assert done.exit_code == 2 and said in done.output, done.output
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_goes_together(folder, tmp_path):
+    source = written(tmp_path / "in.jsonl", [{"query": "q", "documents": ["a"]}])
+    assert "expected --output" in run(folder, "--requests", source).output
+    assert "expected a query" in run(folder).output
+    assert "go with --requests" in run(folder, "q", source, "--output", tmp_path / "x").output
+    refused = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", "--trec", tmp_path / "o.run")
+    assert refused.exit_code == 2 and "have no id" in refused.output
