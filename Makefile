@@ -81,7 +81,7 @@ test-integrations: .venv-integrations/done
 	touch $@
 
 test-clients: .venv-clients/done
-	CLIENTS_TABLE=docs/clients.md .venv-clients/bin/python -m pytest tests/integrations/test_clients.py -k test_client
+	CLIENTS_TABLE=docs/clients.md .venv-clients/bin/python -m pytest tests/integrations/test_clients.py tests/integrations/test_peft.py -k "not schemathesis"
 
 # The page in a Chromium that is installed (BROWSER_PATH names another).
 test-browser: .venv-integrations/done

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from lastrerank import adapters
+from lastrerank.adapters import Adapter
 from lastrerank.config import ModelConfig
 from lastrerank.families import PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
 from lastrerank.kept import FileState, digest
@@ -41,7 +43,10 @@ from lastrerank.stored import (
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
-_FILES = ("config.json", "tokenizer.json", "*.safetensors", INDEX, SENTENCE_TRANSFORMERS, *PROMPT_FILES)
+_FILES = (
+    "config.json", "tokenizer.json", "*.safetensors", INDEX, adapters.CONFIG, SENTENCE_TRANSFORMERS,
+    *PROMPT_FILES,
+)  # fmt: skip
 # The output head, which is read by families that score by logits, and the head of a classifier.
 _LM_HEAD, _CLASSIFIER = "lm_head.weight", "score.weight"
 # Labels of a classifier's two outputs, the second of which is the relevant one.
@@ -57,7 +62,7 @@ class Checkpoint:
     """A checkpoint on disk, its small files parsed. `weights` reads the large ones.
 
     name: a Hub id, a bundled name, or the folder's. family: what it is. files: all that was and will be read, as they
-    were when it was opened.
+    were when it was opened. adapter: what is merged into the weights while they are read; `folder` is its base's.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Checkpoint:
     tokenizer: Tokenizer
     tokenizer_config: Mapping[str, Any]
     files: tuple[FileState, ...]
+    adapter: Adapter | None = None
 
     def weights(
         self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None = None
@@ -173,11 +179,16 @@ def open_checkpoint(
         ValueError: a file is missing or malformed, or the checkpoint's family is not known.
     """
     name, folder = resolve(id_or_path, revision)
+    base, adapter = name, None
+    if (folder / adapters.CONFIG).exists():
+        if (folder / "config.json").exists():
+            raise ValueError(
+                f"{folder}: {adapters.CONFIG} is there beside a checkpoint: whether it is merged already isn't said; "
+                "keep adapter and base apart"
+            )
+        adapter = adapters.read_adapter(folder)
+        base, folder = resolve(adapter.base, adapter.revision)
     raw = read_json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder}: adapter_config.json is there: an adapter over other weights is not loaded; merge it first"
-        )
     path = folder / "tokenizer_config.json"
     tokenizer_config = read_json(path) if path.exists() else {}
     config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
@@ -188,10 +199,12 @@ def open_checkpoint(
             with Tensors(folder) as tensors:
                 return any(PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
-        family = recognise(name, folder, raw, has_projector, read_json)
+        family = recognise(base, folder, raw, has_projector, read_json)
     small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
+    if adapter is not None:
+        small += [adapter.folder / n for n in (adapters.CONFIG, adapters.WEIGHTS)]
     files = tuple(FileState.of(path) for path in (*small, *weight_files(folder)[0]))
-    return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files)
+    return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter)
 
 
 @dataclass(frozen=True)
@@ -272,7 +285,11 @@ def _load(
     prepare: Prepare | None,
 ) -> ModelWeights:
     config = checkpoint.config
-    stored = _account(checkpoint, tensors)
+    stored, adapter = _account(checkpoint, tensors), checkpoint.adapter
+    if adapter is not None:
+        if config.quantised:
+            raise ValueError(f"{checkpoint.folder}: its weights are int8: an adapter is for those they were made from")
+        adapter.check({name: tensors.shape(own) for name, own in stored.items()}, expected_tensors(config)[1])
     q_size = config.num_heads * config.head_dim
 
     def plain(name: str) -> torch.Tensor:
@@ -287,6 +304,8 @@ def _load(
                 part[rows, columns] = tensors.read(stored[f"{name}_outlier"])
         if part.dtype == torch.float64:
             part = part.float()  # nothing here computes in it
+        if adapter is not None:
+            part = adapter.apply(name, part)
         _check_finite(name, part)
         return part
 

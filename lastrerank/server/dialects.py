@@ -67,6 +67,7 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     return_documents: Flag = None
     return_text: Flag = None
     return_embeddings: Flag = None
+    return_len: Flag = None
     instruction: str | None = None
     orders: Count = None
     score_threshold: float | None = None

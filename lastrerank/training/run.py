@@ -1,7 +1,8 @@
 """`lastrerank train`: from raw pairs or lists to a checkpoint, resumed if interrupted, watched on dev sets.
 
 The output folder holds `recipe.json`, `log.jsonl`, `state.pt`, `progress.png`, `last/` and, with dev sets,
-`best/`: the checkpoint of the best dev nDCG@10 so far, which is what early stopping keeps.
+`best/`: the checkpoint of the best dev nDCG@10 so far, which is what early stopping keeps. A training of low-rank
+updates leaves them in `last-adapter/` and `best-adapter/` as well, as PEFT has them.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def _train(
 
         def look() -> None:
             trainer.save_checkpoint(target / "last")
+            if config.lora_rank:
+                trainer.save_adapter(target / "last-adapter")
             if sets:
                 scores = {s.dataset.name: s.ndcg(target / "last", device) for s in sets}
                 mean = sum(scores.values()) / len(sets)
@@ -118,6 +121,8 @@ def _train(
                 log.flush()
                 if _best(_read_log(log_path))[1] == 0:
                     trainer.save_checkpoint(target / "best")
+                    if config.lora_rank:
+                        trainer.save_adapter(target / "best-adapter")
             trainer.save_state(state)
             plot(_read_log(log_path), target / "progress.png")
 

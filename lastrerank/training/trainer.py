@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lastrerank import saving
+from lastrerank.adapters import write_adapter
 from lastrerank.checkpoint import Checkpoint
 from lastrerank.families.listwise import GGUF_PROMPT
 from lastrerank.kept import digest, partial_name
@@ -341,6 +342,24 @@ class Trainer:
             folder, raw, source.tokenizer, limits | dict(source.tokenizer_config), state, python_files=source.folder,
             hub_id=source.name if "/" in source.name else None,
         )  # fmt: skip
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the low-rank updates and the projector as an adapter that PEFT reads (see `lastrerank.adapters`).
+
+        Raises:
+            ValueError: everything is trained (lora_rank is 0).
+        """
+        if not self.low_rank:
+            raise ValueError("lora_rank is 0: everything is trained, there is no adapter")
+        current = {n: t.detach() for n, t in (self.parameters | self.low_rank | self.averaged).items()}
+        updates = {
+            name: (current[f"{name}.lora_b"], current[f"{name}.lora_a"])
+            for name in self.parameters if f"{name}.lora_a" in self.low_rank
+        }  # fmt: skip
+        source = self.checkpoint
+        base = source.name if "/" in source.name else str(source.folder.resolve())
+        projector = {name: tensor for name, tensor in current.items() if name.startswith("projector.")}
+        write_adapter(folder, base, updates, projector, self.config.lora_rank, self.config.lora_alpha)
 
     def save_state(self, path: str | Path) -> None:
         """Write what `load_state` needs to go on exactly where this trainer is; the file is replaced in one step.

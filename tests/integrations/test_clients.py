@@ -334,23 +334,27 @@ def _payload(path, body, rows, key="relevance_score"):
     def rank(address, n):
         sent = {"model": MODEL, "query": QUERY} | body(n)
         answer = httpx.post(address + path, json=sent, headers={"Authorization": "Bearer key"}).json()
-        return [(row["index"], row[key]) for row in rows(answer)][:n]
+        found = [(row["index"], row[key]) for row in rows(answer)]
+        return sorted(found, key=lambda row: -row[1])[:n]
 
     return rank
 
 
 for _name, _path, _body, _rows in (
-    # open_webui/retrieval/models/external.py; asks for all and cuts by itself
+    # open_webui/retrieval/models/external.py: asks for all, in the order of their numbers
     ("Open WebUI, external reranker", "/v1/rerank", lambda n: {"documents": DOCUMENTS, "top_n": len(DOCUMENTS)},
-     lambda a: sorted(a["results"], key=lambda r: -r["relevance_score"])),
+     lambda a: sorted(a["results"], key=lambda r: r["index"])),
     # dify-official-plugins, jina and openai_api_compatible: documents come back as objects
     ("Dify, OpenAI-API-compatible", "/v1/rerank",
      lambda n: {"documents": DOCUMENTS, "top_n": n, "return_documents": True},
      lambda a: [r for r in a["results"] if r["document"]["text"] == DOCUMENTS[r["index"]]]),
-    # ragflow/rag/llm/rerank_model.py, JinaRerank and its kin: the order is made by the caller
+    # ragflow/rag/llm/rerank_model.py
     ("RAGFlow, Jina", "/v1/rerank", lambda n: {"documents": DOCUMENTS, "top_n": len(DOCUMENTS)},
-     lambda a: sorted(a["results"], key=lambda r: -r["relevance_score"]) if a["usage"]["total_tokens"] else []),
-    # langchain4j-jina's and langchain4j-cohere's requests
+     lambda a: a["results"] if a["usage"]["total_tokens"] else []),
+    ("RAGFlow, Xinference", "/v1/rerank",
+     lambda n: {"documents": DOCUMENTS, "return_documents": "true", "return_len": "true"},
+     lambda a: a["results"] if a["meta"]["tokens"]["input_tokens"] else []),
+    # langchain4j-jina's JinaScoringModel and langchain4j-cohere's CohereScoringModel
     ("LangChain4j, Jina", "/v1/rerank", lambda n: {"documents": DOCUMENTS, "return_documents": False},
      lambda a: a["results"] if a["usage"]["total_tokens"] else []),
     ("LangChain4j, Cohere", "/v1/rerank", lambda n: {"documents": DOCUMENTS},
