@@ -217,13 +217,17 @@ def evaluate(
 @app.command()
 def train(
     data: Annotated[Path, typer.Argument(help="Folder of lists, or of raw pairs and documents (mined by BM25 first).")],
-    start: Annotated[str, typer.Option(help="Checkpoint to begin with: folder, bundled name or Hub id.")],
+    start: Annotated[
+        str, typer.Option(help="Checkpoint to begin with, or a plain pretrained decoder: folder, bundled name, Hub id.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, log, plot; what is there goes on.")],
     recipe: Annotated[
         Path | None, typer.Option(help="JSON object of TrainingConfig's fields; the paper's losses without one.")
     ] = None,
     dev: Annotated[list[Path] | None, typer.Option(help="BEIR folder with a dev split; several times.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of a plain decoder: how many of its first layers.")] = None,
     every: Annotated[int, typer.Option(help="Steps between saving and looking at dev.")] = 200,
+    dev_queries: Annotated[int, typer.Option(min=1, help="Queries a dev set, a seeded sample.")] = 50,
     patience: Annotated[int | None, typer.Option(help="Stop after this many looks without a new best.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: JsonOption = False,
@@ -234,7 +238,10 @@ def train(
         from lastrerank.training.trainer import TrainingConfig
 
         config = TrainingConfig.from_file(recipe) if recipe else TrainingConfig()
-        result = run_training(start, data, output, config, dev=dev or [], every=every, patience=patience, device=device)
+        result = run_training(
+            start, data, output, config, dev=dev or [], layers=layers, every=every, dev_queries=dev_queries,
+            patience=patience, device=device,
+        )  # fmt: skip
     except _EXPECTED as error:
         _fail(error, "train")
     if as_json:

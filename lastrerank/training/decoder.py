@@ -14,15 +14,42 @@ import torch
 from tokenizers import AddedToken
 
 from lastrerank import saving
-from lastrerank.checkpoint import open_checkpoint, open_decoder
-from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN
+from lastrerank.checkpoint import open_checkpoint, open_decoder, resolve
+from lastrerank.config import ModelConfig
+from lastrerank.kept import digest
+from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, V3_CAPS
+from lastrerank.stored import PROJECTOR, Tensors, read_json, weight_files
 from lastrerank.training.data import TrainingData
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
 # The projector that a start gets: linear at first, the two halves of its hidden channels are each other's negatives.
 PROJECTED = 256
+CAPS = ("max_query_length", "max_doc_length")
 # Lists whose readouts are looked at.
 LISTS = 60
+
+
+def is_decoder(id_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is a decoder and nothing more: no projector, no head of a classifier, no family's name.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    _, folder = resolve(id_or_path)
+    raw = read_json(folder / "config.json")
+    if (raw.get("lastrerank") or {}).get("family") or any(
+        not str(name).endswith(("ForCausalLM", "Model")) for name in raw.get("architectures") or ()
+    ):
+        return False
+    with Tensors(folder) as tensors:
+        return not any(PROJECTOR.fullmatch(name) for name in tensors.names())
+
+
+def decoder_digest(id_or_path: str | os.PathLike[str], layers: int | None) -> str:
+    """Of everything that decides what `listwise_start` makes of a decoder."""
+    _, folder = resolve(id_or_path)
+    small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
+    return digest(layers, *(part for path in (*small, *weight_files(folder)[0]) for part in (path.name, path)))
 
 
 def listwise_start(
@@ -74,6 +101,10 @@ def listwise_start(
     state["model.embed_tokens.weight"] = larger
     raw["vocab_size"] = rows
 
+    context = ModelConfig.from_dict(raw, found.tokenizer_config.get("model_max_length")).max_context
+    caps = {name: min(cap, context // 4) for name, cap in zip(CAPS, V3_CAPS, strict=True)}
+    if caps["max_doc_length"] < V3_CAPS[1]:
+        raw["lastrerank"] = {**(raw.get("lastrerank") or {}), **caps}
     hidden = raw["hidden_size"]
     state["projector.0.weight"], state["projector.2.weight"] = linear_projector(torch.eye(hidden)[:PROJECTED])
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(found.tokenizer_config)

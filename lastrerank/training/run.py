@@ -24,6 +24,7 @@ from lastrerank.kept import digest, locked, read_records, write_file, write_reco
 from lastrerank.progress import Progress
 from lastrerank.reranker import Reranker
 from lastrerank.training.data import read_training_data
+from lastrerank.training.decoder import decoder_digest, is_decoder, listwise_start
 from lastrerank.training.mining import Pair, mine_lists, rank_negatives
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
@@ -41,6 +42,7 @@ def train(
     *,
     weights: Mapping[str, float] | None = None,
     dev: Sequence[str | os.PathLike[str]] = (),
+    layers: int | None = None,
     every: int = 200,
     dev_queries: int = DEV_QUERIES,
     patience: int | None = None,
@@ -50,7 +52,9 @@ def train(
     """Train a checkpoint on lists, from where an interrupted training in `output` stopped.
 
     Args:
-        start: checkpoint to begin with.
+        start: checkpoint to begin with; or a plain pretrained decoder (Qwen3, Qwen2, Llama), which gets the prompt's
+            control tokens and a projector (see `lastrerank.training.decoder`) and is kept in `output/start`.
+        layers: of a plain decoder, the first of them are kept; None for all.
         data: folder of lists (see `lastrerank.training.data`); one of raw pairs is mined into `output/lists` first.
         output: folder for everything that is written.
         config: the recipe.
@@ -65,13 +69,14 @@ def train(
 
     Raises:
         ValueError: data are malformed, or `output` holds a training from another start, by another recipe or on other
-        data,
-            is in use, or is damaged.
+            data, is in use, or is damaged.
     """
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     with locked(target / "train", "this training's folder"):
-        return _train(start, Path(data), target, config, weights, dev, every, dev_queries, patience, device, progress)
+        return _train(
+            start, Path(data), target, config, weights, dev, layers, every, dev_queries, patience, device, progress
+        )
 
 
 def _train(
@@ -81,25 +86,34 @@ def _train(
     config: TrainingConfig,
     weights: Mapping[str, float] | None,
     dev: Sequence[str | os.PathLike[str]],
+    layers: int | None,
     every: int,
     dev_queries: int,
     patience: int | None,
     device: str,
     progress: bool | None,
 ) -> dict[str, Any]:
-    begin = open_checkpoint(start)
-    # What the weights at a step depend on, beside the recipe.
+    plain = is_decoder(start)
+    if layers is not None and not plain:
+        raise ValueError(f"layers is {layers}: {start} is no plain decoder, all of its layers are trained")
+    begin = None if plain else open_checkpoint(start)
     sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
+    # What the weights at a step depend on, beside the recipe.
     identity = {
-        "start": begin.digest(), "data": _data_digest(data), "weights": dict(weights) if weights else None,
+        "start": decoder_digest(start, layers) if begin is None else begin.digest(),
+        "data": _data_digest(data), "weights": dict(weights) if weights else None,
         "dev": [digest(s.dataset.name, s.dataset.queries, s.dataset.qrels, s.dataset.documents) for s in sets],
     }  # fmt: skip
     lists = data
     if not any((lists / f"lists.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
         lists = mine_folder(data, target / "lists", progress=progress)
     training_data = read_training_data(lists, dict(weights) if weights else None)
-    trainer = Trainer(begin, training_data, config, device, identity)
     state, log_path = target / "state.pt", target / "log.jsonl"
+    if begin is None:
+        if not state.is_file():
+            listwise_start(start, target / "start", training_data, config, layers=layers)
+        begin = open_checkpoint(target / "start")
+    trainer = Trainer(begin, training_data, config, device, identity)
     records: list[dict[str, Any]] = []
     if state.is_file():
         trainer.load_state(state)

