@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 
@@ -367,3 +368,21 @@ def test_more_bad_requests_are_named(small_reranker):
         small_reranker.rerank_many([{"query": "q", "documents": [], 5: 1}])
     assert repr(small_reranker).startswith("Reranker('small") and "0x" not in repr(small_reranker)
     assert Reranker.from_pretrained(dtype=torch.float32).checkpoint.name == "lastrerank-13m"
+
+
+def test_a_threshold_leaves_out_what_scores_lower(small_reranker):
+    documents = ["a passage", "another one", "relevance", ""]
+    found = small_reranker.rerank("expert", documents)
+    for number, result in enumerate(found):
+        kept = small_reranker.rerank("expert", documents, score_threshold=result["relevance_score"])
+        assert kept == found[: number + 1]  # equal ones stay
+    assert small_reranker.rerank("expert", documents, score_threshold=1.1) == []
+    for bad, said in ((float("nan"), "finite"), ("x", "expected a number"), (True, "expected a number")):
+        with pytest.raises((TypeError, ValueError), match=f"score_threshold is .*{said}"):
+            small_reranker.rerank("expert", documents, score_threshold=bad)
+
+
+def test_async_rerank_is_rerank(small_reranker):
+    documents = ["a passage", "another one"]
+    found = asyncio.run(small_reranker.arerank("expert", documents, top_n=1))
+    assert found == small_reranker.rerank("expert", documents, 1)

@@ -217,7 +217,7 @@ def test_the_description_says_what_is_served(client):
     assert schema["openapi"].startswith("3.")
     posts = {path for path, methods in schema["paths"].items() if "post" in methods}
     assert posts == {"/v1/rerank", "/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/score", "/v1/score",
-                     "/v1/ranking"}  # fmt: skip
+                     "/v1/ranking", "/infinity/rerank"}  # fmt: skip
     assert {"400", "413", "422", "429"} <= schema["paths"]["/v1/rerank"]["post"]["responses"].keys()
     assert schema["components"]["schemas"]["Error"]
     for path in posts:  # every example is served
@@ -226,6 +226,50 @@ def test_the_description_says_what_is_served(client):
             assert client.post(path, example["value"]).status_code == 200, (path, name)
     page = client.get("/docs").text
     assert "openapi.json" in page and "//" not in page.replace("http://www.w3.org", "")
+
+
+def test_infinitys_clients_get_its_answers(client):
+    body = {"query": "page numbers", "documents": ["insert a page", "style"]}
+    for path, more in (("/rerank", {"raw_scores": False}), ("/infinity/rerank", {}), ("/rerank", {"raw_scores": None})):
+        answer = client.post(path, body | more | {"return_documents": True}).json()
+        assert answer["object"] == "rerank" and isinstance(answer["created"], int), path
+        assert [r["document"] for r in answer["results"]] == [body["documents"][r["index"]] for r in answer["results"]]
+        assert "document" not in client.post(path, body | {"return_documents": False}).json()["results"][0]
+    assert client.post("/rerank", body).json()["object"] == "list"
+
+
+def test_nvidias_paths_hold_the_models_name(client):
+    name = client.get("/v1/models").json()["data"][0]["id"]
+    body = {"query": {"text": "page numbers"}, "passages": [{"text": "insert a page"}, {"text": "style"}]}
+    found = client.post("/v1/ranking", body).json()["rankings"]
+    assert client.post(f"/v1/retrieval/{name}/reranking", body).json()["rankings"] == found and len(found) == 2
+    assert client.post("/v1/retrieval/another/reranking", body).status_code == 404
+    for more in ({"top_n": 1}, {"top_k": 1}, {"top_n": 2, "top_k": 1.0}):
+        assert client.post("/v1/ranking", body | more).json()["rankings"] == found[:1]
+    assert client.post("/v1/ranking", body | {"top_k": 0}).status_code == 422
+
+
+def test_caps_that_clients_send_unasked_bound_and_lift_nothing(client):
+    """Cohere's clients send 4096 to any model; the model's own cap is what its documents are cut at anyway."""
+    info = client.get("/info").json()
+    long = "words and words " * info["max_doc_length"]
+    body = {"query": "page numbers", "documents": [long, "style"]}
+    plain = client.post("/v2/rerank", body).json()["results"]
+    assert client.post("/v2/rerank", body | {"max_tokens_per_doc": 10**6}).json()["results"] == plain
+    assert client.post("/v2/rerank", body | {"truncate_prompt_tokens": 10**6}).json()["results"] == plain
+    assert client.post("/v2/rerank", body | {"max_tokens_per_doc": 3}).json()["results"] != plain
+    assert client.post("/v1/rerank", body | {"max_doc_length": 10**9}).status_code == 422  # our own: asked for
+    scores = client.post("/score", {"text_1": "page", "text_2": [long], "truncate_prompt_tokens": 10**6})
+    assert scores.status_code == 200
+
+
+def test_scores_below_a_threshold_are_left_out(client):
+    body = {"query": "page numbers", "documents": ["insert a page", "style", "print"]}
+    scores = [r["relevance_score"] for r in client.post("/v1/rerank", body).json()["results"]]
+    kept = client.post("/v1/rerank", body | {"score_threshold": scores[1]}).json()["results"]
+    assert [r["relevance_score"] for r in kept] == scores[:2]
+    assert client.post("/v1/rerank", body | {"score_threshold": None}).json()["results"][2:]
+    assert client.post("/v1/rerank", body | {"score_threshold": "x"}).status_code == 422
 
 
 def test_overload_is_answered_at_once(small_reranker, monkeypatch):
