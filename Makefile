@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-clients test-browser test-load clean
+.PHONY: demo test lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-clients test-browser test-load docs dist clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -87,6 +87,27 @@ test-clients: .venv-clients/done
 test-browser: .venv-integrations/done
 	.venv-integrations/bin/python -m pytest tests/browser
 
+# The documentation as a site, in site/; a link that leads nowhere is an error.
+.venv-docs/done: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet mkdocs mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+docs: .venv-docs/done
+	.venv-docs/bin/mkdocs build --quiet
+
+# Wheel and source distribution in dist/, looked at from outside: what is in them, and that the wheel reranks offline.
+.venv-dist/done: pyproject.toml
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet build twine auditwheel check-wheel-contents
+	touch $@
+
+dist: .venv-dist/done
+	rm -rf dist
+	.venv-dist/bin/python -m build --quiet
+	.venv-dist/bin/twine check --strict dist/*
+	.venv-dist/bin/python tests/check_dist.py dist
+
 # Loads on a running server, five minutes each, and its memory over 10,000 requests.
 test-load: .venv/test
 	$(BIN)/python -m bench.load --seconds 300
@@ -104,4 +125,4 @@ test-load: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-integrations build dist
+	rm -rf .venv .venv-bench .venv-integrations .venv-clients .venv-docs .venv-dist build dist site

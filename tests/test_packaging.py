@@ -42,4 +42,5 @@ def test_root_folders():
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
     if tracked.returncode == 0:
         folders = {line.split("/")[0] for line in tracked.stdout.splitlines() if "/" in line}
-        assert {f for f in folders if not f.startswith(".")} <= {"csrc", "lastrerank", "kernels", "tests", "bench"}
+        assert {f for f in folders if not f.startswith(".")} <= {
+            "csrc", "lastrerank", "kernels", "tests", "bench", "docs"}
