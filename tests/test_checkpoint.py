@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lastrerank import Reranker
-from lastrerank.checkpoint import open_checkpoint
+from lastrerank.checkpoint import open_checkpoint, resolve
 from lastrerank.config import ModelConfig
 from lastrerank.lists import list_caps
 from lastrerank.random_checkpoint import SHAPES, small_tokenizer, write_random_checkpoint
@@ -217,3 +217,19 @@ def test_random_checkpoints_say_so_and_repeat(tmp_path):
     b = write_random_checkpoint(tmp_path / "b", "tiny-v3.5", tokenizer=small_tokenizer(), seed=3)
     assert json.loads((a / "config.json").read_text())["lastrerank"]["random"] is True
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["jina-reranker-v3", "Qwen3-Reranker-0.6B", "zerank-1-small"])
+def test_short_names_of_public_checkpoints(name, monkeypatch):
+    asked = []
+
+    def download(repository, **options):
+        asked.append(repository)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ValueError, match=f"/{name}'"):
+        resolve(name)
+    assert asked[0].endswith(f"/{name}") and asked[0].count("/") == 1
+    with pytest.raises(ValueError, match="nor one of the short names jina-reranker-v3"):
+        resolve("no-such-model")

@@ -15,12 +15,24 @@ from lastrerank.families.family import Cosine, Family, Logit, repository_name
 from lastrerank.families.listwise import LISTWISE, LISTWISE_GGUF
 from lastrerank.families.pointwise import CTXL_RERANK_V2, MXBAI_RERANK_V2, QWEN3_RERANKER, ZERANK
 
-__all__ = ["FAMILIES", "PROMPT_FILES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named", "recognise"]
+__all__ = [
+    "ALIASES", "FAMILIES", "PROMPT_FILES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named", "recognise",
+]  # fmt: skip
 
 FAMILIES = {
     family.name: family
     for family in (LISTWISE, LISTWISE_GGUF, QWEN3_RERANKER, MXBAI_RERANK_V2, ZERANK, CTXL_RERANK_V2)
 }
+# Short names of public checkpoints: their own, without the owner.
+ALIASES = {
+    hub_id.split("/")[1].lower(): hub_id
+    for hub_id in (
+        "jinaai/jina-reranker-v3", "jinaai/jina-reranker-v3.5", "Qwen/Qwen3-Reranker-0.6B", "Qwen/Qwen3-Reranker-4B",
+        "Qwen/Qwen3-Reranker-8B", "mixedbread-ai/mxbai-rerank-base-v2", "mixedbread-ai/mxbai-rerank-large-v2",
+        "zeroentropy/zerank-1-small", "zeroentropy/zerank-1", "zeroentropy/zerank-2",
+        "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b", "ContextualAI/ctxl-rerank-v2-instruct-multilingual-2b",
+    )
+}  # fmt: skip
 # Prompts of the listwise family, as earlier checkpoints of this package name them in `lastrerank.template`.
 _TEMPLATES = {"transformers": LISTWISE, "gguf": LISTWISE_GGUF}
 # Which logits sentence-transformers reads.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
 from lastrerank.reranker import Reranker
+
+dispatcher = get_dispatcher(__name__)
 
 
 class LastrerankRerank(BaseNodePostprocessor):
@@ -24,13 +28,18 @@ class LastrerankRerank(BaseNodePostprocessor):
     model: str = Field(description="Folder, bundled name or Hub id.")
     top_n: int | None = Field(default=3, description="Nodes kept; None for all.")
     instruction: str | None = Field(default=None, description="What else the ranking should follow.")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Of `Reranker.from_pretrained`.")
     _reranker: Reranker = PrivateAttr()
 
     def __init__(
         self, model: str, top_n: int | None = 3, instruction: str | None = None, **arguments: Any
     ) -> None:
-        super().__init__(model=model, top_n=top_n, instruction=instruction)
-        self._reranker = Reranker.from_pretrained(model, **arguments)
+        # From `from_dict`: a field of the base class, the class's name, and our arguments in one.
+        fields = {"callback_manager": arguments.pop("callback_manager")} if "callback_manager" in arguments else {}
+        arguments.pop("class_name", None)
+        own = {**arguments.pop("arguments", {}), **arguments}
+        super().__init__(model=model, top_n=top_n, instruction=instruction, arguments=own, **fields)
+        self._reranker = Reranker.from_pretrained(model, **own)
 
     @classmethod
     def class_name(cls) -> str:
@@ -41,8 +50,13 @@ class LastrerankRerank(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if query_bundle is None:
             raise ValueError("query_bundle is None, expected a query")
+        dispatcher.event(
+            ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=self.top_n or len(nodes), model_name=self.model)
+        )
         texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
         results = self._reranker.rerank(
             query_bundle.query_str, texts, self.top_n, instruction=self.instruction
         )
-        return [NodeWithScore(node=nodes[r["index"]].node, score=r["relevance_score"]) for r in results]
+        ranked = [NodeWithScore(node=nodes[r["index"]].node, score=r["relevance_score"]) for r in results]
+        dispatcher.event(ReRankEndEvent(nodes=ranked))
+        return ranked

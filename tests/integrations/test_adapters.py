@@ -57,6 +57,21 @@ def test_llama_index(folder, expected):
     assert post.class_name() == "LastrerankRerank" and post.postprocess_nodes([], QueryBundle(QUERY)) == []
     with pytest.raises(ValueError, match="query_bundle is None"):
         post.postprocess_nodes(nodes)
+    # What is kept is everything, and the events are those of the other rerankers.
+    from llama_index.core.instrumentation import get_dispatcher
+    from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+
+    seen = []
+
+    class Handler(BaseEventHandler):
+        def handle(self, event, **more):
+            seen.append(event.class_name())
+
+    again = LastrerankRerank.from_dict(LastrerankRerank(str(folder), top_n=2, dtype="bfloat16").to_dict())
+    assert again.top_n == 2 and again._reranker.dtype == "bfloat16"
+    get_dispatcher().add_event_handler(Handler())
+    again.postprocess_nodes(nodes, query_str=QUERY)
+    assert seen == ["ReRankStartEvent", "ReRankEndEvent"]
 
 
 def test_haystack(folder, expected):
