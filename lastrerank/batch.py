@@ -14,6 +14,7 @@ from lastrerank.kept import digest, locked, read_records, write_file
 from lastrerank.progress import Progress
 from lastrerank.request import RerankRequest, RerankResult
 from lastrerank.reranker import Reranker
+from lastrerank.stored import read_json
 
 # Requests whose results are written at once.
 GROUP = 16
@@ -21,11 +22,12 @@ GROUP = 16
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A line of a requests file. id: its own, or None. names: of its documents, or None where they have none."""
+    """A line of a requests file, `where` it stands. id: its own, as it came, or None. names: of its documents."""
 
     request: RerankRequest
-    id: str | None
-    names: tuple[str, ...] | None
+    where: str
+    id: Any
+    names: tuple[Any, ...]
 
 
 def read_requests(path: str | os.PathLike[str], options: Mapping[str, Any]) -> list[BatchRequest]:
@@ -43,16 +45,17 @@ def read_requests(path: str | os.PathLike[str], options: Mapping[str, Any]) -> l
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with 'query' and 'documents', got {str(row)[:60]!r}")
         given = {name: value for name, value in row.items() if name != "id"}
+        if given.pop("return_embeddings", False) is not False:
+            raise ValueError(f"{where}.return_embeddings is {row['return_embeddings']!r:.40}: no file holds embeddings")
         try:
             request = RerankRequest.of({**options, **given}, where)
         except TypeError as error:
             raise ValueError(str(error)) from error
-        names = [
-            (document.get("id", document.get("_id")) if isinstance(document, Mapping) else None)
+        names = (
+            document.get("id", document.get("_id")) if isinstance(document, Mapping) else None
             for document in request.documents
-        ]
-        known = None if None in names or not names else tuple(map(str, names))
-        found.append(BatchRequest(request, None if row.get("id") is None else str(row["id"]), known))
+        )
+        found.append(BatchRequest(request, where, row.get("id"), tuple(names)))
     if not found:
         raise ValueError(f"{path}: no requests")
     return found
@@ -73,7 +76,7 @@ def rerank_file(
 
     Args:
         output: JSON lines: `id` if the request has one, `results` of `index`, `id` if the document has one,
-            `relevance_score`, `raw_score` if the family has one.
+            `relevance_score`, `raw_score` if the family has one. A file without such settings is never touched.
         trec: also a TREC run, `id Q0 document rank score lastrerank`, of requests and documents that all have ids.
         return_documents: whether results hold the documents.
 
@@ -81,24 +84,26 @@ def rerank_file(
         How many requests there are, and how many had been done before.
 
     Raises:
-        ValueError: `output` is of other requests or another model, or is in use, or `trec` lacks ids.
+        ValueError: a request is bad, `output` is of other requests or another model, or is in use, or `trec` lacks ids;
+            nothing has been done then.
     """
     target = Path(output)
+    kept = target.with_name(f"{target.name}.settings.json")
+    for one in requests:
+        reranker.encoder.check(one.request, f"{one.where}.")
     if trec is not None:
-        for number, one in enumerate(requests):
-            if one.id is None or (one.names is None and one.request.documents):
-                raise ValueError(f"requests[{number}] or its documents have no id, which a TREC run needs")
-            if any(not name or name != "".join(name.split()) for name in (one.id, *(one.names or ()))):
-                raise ValueError(f"requests[{number}]: an id is empty or holds white space, which a TREC run can't")
+        _check_trec(requests, Path(trec), (target, kept))
     wanted = [[vars(one.request) | {"documents": list(one.request.documents)}, one.id] for one in requests]
     settings = {**reranker.identity(), "requests": digest(*wanted), "return_documents": return_documents}
-    kept = target.with_name(f"{target.name}.settings.json")
     with locked(target, "this output"):
+        if target.exists() and target.stat().st_size:
+            before = read_json(kept) if kept.is_file() else {}
+            found = [name for name in settings if before.get(name) != settings[name]]
+            if found:
+                raise ValueError(f"{target} is of another {' and '.join(found)}: name another output, or remove it")
         records = read_records(target)
-        before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
-        if records and before != settings:
-            found = [name for name in settings if (before or {}).get(name) != settings[name]]
-            raise ValueError(f"{target} is of another {' and '.join(found)}: name another output, or remove it")
+        if len(records) > len(requests):
+            raise ValueError(f"{target} has {len(records)} lines for {len(requests)} requests: remove it")
         write_file(kept, json.dumps(settings, indent=1) + "\n")
         left = requests[len(records) :]
         documents = sum(len(one.request.documents) for one in left)
@@ -106,8 +111,7 @@ def rerank_file(
         with target.open("a", encoding="utf-8") as lines, bar:
             for start in range(0, len(left), GROUP):
                 group = left[start : start + GROUP]
-                answers = reranker.rerank_many([one.request for one in group], progress=False)
-                for one, results in zip(group, answers, strict=True):
+                for one, results in zip(group, _reranked(reranker, group), strict=True):
                     lines.write(json.dumps(_line(one, results, return_documents), ensure_ascii=False) + "\n")
                 lines.flush()
                 bar.advance(sum(len(one.request.documents) for one in group))
@@ -116,11 +120,42 @@ def rerank_file(
     return {"requests": len(requests), "resumed": len(records), "output": str(target)}
 
 
+def _check_trec(requests: Sequence[BatchRequest], path: Path, others: Sequence[Path]) -> None:
+    if path.resolve() in [other.resolve() for other in others]:
+        raise ValueError(f"trec is {path}, which is an output already")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"trec is {path}, whose folder isn't there")
+    seen: dict[str, str] = {}
+    for one in requests:
+        for name in (one.id, *one.names):
+            if not isinstance(name, (str, int)) or isinstance(name, bool) or str(name) != "".join(str(name).split()):
+                raise ValueError(f"{one.where}: an id is {name!r:.60}, a TREC run needs words or numbers")
+            if name == "":
+                raise ValueError(f"{one.where}: an id is empty")
+        if len(set(map(str, one.names))) < len(one.names):
+            raise ValueError(f"{one.where}: two documents have one id")
+        if str(one.id) in seen:
+            raise ValueError(f"{one.where}: its id {one.id!r} is that of {seen[str(one.id)]}")
+        seen[str(one.id)] = one.where
+
+
+def _reranked(reranker: Reranker, group: Sequence[BatchRequest]) -> list[list[RerankResult]]:
+    try:
+        return reranker.rerank_many([one.request for one in group], progress=False)
+    except ValueError:
+        for one in group:  # which one it was
+            try:
+                reranker.rerank_many([one.request], progress=False)
+            except ValueError as error:
+                raise ValueError(f"{one.where}: {error}") from error
+        raise
+
+
 def _line(one: BatchRequest, results: Sequence[RerankResult], return_documents: bool) -> dict[str, Any]:
     rows = []
     for result in results:
         row: dict[str, Any] = {"index": result["index"]}
-        if one.names is not None:
+        if one.names[result["index"]] is not None:
             row["id"] = one.names[result["index"]]
         row["relevance_score"] = result["relevance_score"]
         if "raw_score" in result:

@@ -111,6 +111,10 @@ def rerank(
         if requests is not None:
             if query is not None or output is None:
                 raise ValueError("--requests: expected --output, and no query or files")
+            if as_json or explain or column != "text":
+                raise ValueError("--json, --explain and --column don't go with --requests: results are JSON lines")
+            if requests.resolve() in [path.resolve() for path in (output, trec) if path is not None]:
+                raise ValueError(f"--output or --trec is {requests}, which holds the requests")
             _run_batch(requests, output, trec, return_documents, model, options, loading, threads)
             return
         if query is None:
@@ -186,6 +190,7 @@ def evaluate(
     }  # fmt: skip
     models = model or ([] if peer else [str(default_model())])
     try:
+        _set_threads(None)
         for name in peer or ():  # before any work is done
             contenders.check_peer(name)
             if max_doc_length is not None:
@@ -235,6 +240,7 @@ def train(
 ) -> None:
     """Train or fine-tune a checkpoint (full, or LoRA by the recipe's lora_rank) with the paper's objective."""
     try:
+        _set_threads(None)
         from lastrerank.training.run import train as run_training
         from lastrerank.training.trainer import TrainingConfig
 
@@ -371,12 +377,17 @@ def download(
     revision: RevisionOption = None,
 ) -> None:
     """Fetch a checkpoint from the Hub, and print the folder that it is in; no code is fetched."""
+    from lastrerank import adapters
     from lastrerank.checkpoint import resolve
     from lastrerank.stored import read_json
 
     try:
         folder = resolve(model, revision)[1]
-        read_json(folder / "config.json")
+        if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").exists():
+            adapter = adapters.read_adapter(folder)  # of no use without its base
+            read_json(resolve(adapter.base, adapter.revision)[1] / "config.json")
+        else:
+            read_json(folder / "config.json")
         print(folder)
     except _EXPECTED as error:
         _fail(error)
@@ -396,6 +407,7 @@ def bench(
     from lastrerank.speed import measure
 
     try:
+        _set_threads(None)
         rows = measure(
             model or default_model(), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -41,9 +43,21 @@ def main(folder: Path) -> None:
     wrong += [f"{archives[0].name} lacks {name}" for name in SOURCES if name not in names]
     if "manylinux" not in wheel.name:
         wrong.append(f"{wheel.name}: no manylinux wheel, which a package index takes no other of")
+    with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(wheel) as opened:
+        opened.extractall(unpacked)
+        libraries = list(Path(unpacked).rglob("lastrerank_native*.so"))
+        wrong += [f"{path.name} can't be loaded: {error}" for path in libraries if (error := _load_error(path))]
     if wrong:
         raise SystemExit("\n".join(wrong))
     print(f"{wheel.name} and {archives[0].name}: as they should be")
+
+
+def _load_error(path: Path) -> str | None:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

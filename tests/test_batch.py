@@ -61,7 +61,7 @@ def test_results_are_those_of_each_request_and_interruptions_change_nothing(fold
     for row, own in zip(ROWS, found, strict=True):
         expected = reranker.rerank(row["query"], row["documents"], row.get("top_n"))
         assert [r["index"] for r in own["results"]] == [r["index"] for r in expected]
-        names = [str(r["document"].get("id", r["document"].get("_id"))) for r in expected]
+        names = [r["document"].get("id", r["document"].get("_id")) for r in expected]
         assert [r["id"] for r in own["results"]] == names if names else own["results"] == []
         assert [r["relevance_score"] for r in own["results"]] == pytest.approx(
             [r["relevance_score"] for r in expected], abs=1e-5
@@ -118,4 +118,45 @@ def test_what_goes_together(folder, tmp_path):
     assert "expected a query" in run(folder).output
     assert "go with --requests" in run(folder, "q", source, "--output", tmp_path / "x").output
     refused = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", "--trec", tmp_path / "o.run")
-    assert refused.exit_code == 2 and "have no id" in refused.output
+    assert refused.exit_code == 2 and ":1: an id is None" in refused.output
+    for more, said in ((("--json",), "don't go with --requests"), (("--explain",), "don't go with"),
+                       (("--trec", source), "holds the requests")):  # fmt: skip
+        refused = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", *more)
+        assert refused.exit_code == 2 and said in refused.output, refused.output
+
+
+def test_files_that_are_not_ours_are_not_touched(folder, tmp_path):
+    source, other = written(tmp_path / "in.jsonl"), tmp_path / "notes.txt"
+    other.write_text("no results, and no line's end")
+    before = {path: path.read_bytes() for path in (source, other)}
+    for output in (source, other):
+        refused = run(folder, "--requests", source, "--output", output)
+        assert refused.exit_code == 2, refused.output
+    for trec in (tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json", source, tmp_path / "no" / "folder.run"):
+        refused = run(folder, "--requests", source, "--output", tmp_path / "out.jsonl", "--trec", trec)
+        assert refused.exit_code == 2 and "trec is" in refused.output, refused.output
+    assert {path: path.read_bytes() for path in (source, other)} == before and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [({"max_doc_length": 10**6}, ":20.max_query_length"),
+     ({"return_embeddings": True}, ":20.return_embeddings is True"),
+     ({"instruction": "words and " * 200}, ":20: instruction has more than")],
+)  # fmt: skip
+def test_a_bad_request_is_named_by_its_line(folder, tmp_path, change, said):
+    rows = [*ROWS[:19], ROWS[19] | change]
+    done = run(folder, "--requests", written(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl")
+    assert done.exit_code == 2 and said in done.output.replace("\n", ""), done.output
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [([ROWS[0], ROWS[0]], ":2: its id 'q1' is that of"), ([ROWS[0] | {"id": "a b"}], ":1: an id is 'a b'"),
+     ([ROWS[0] | {"documents": [{"id": 1, "text": ""}, {"id": "1", "text": ""}]}], ":1: two documents have one id"),
+     ([ROWS[0] | {"id": True}], ":1: an id is True"), ([ROWS[0] | {"id": ""}], ":1: an id is empty")],
+)  # fmt: skip
+def test_ids_that_no_trec_run_can_hold(folder, tmp_path, rows, said):
+    source = written(tmp_path / "in.jsonl", rows)
+    done = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", "--trec", tmp_path / "o.run")
+    assert done.exit_code == 2 and said in done.output.replace("\n", ""), done.output

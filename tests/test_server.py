@@ -230,12 +230,15 @@ def test_the_description_says_what_is_served(client):
 
 def test_infinitys_clients_get_its_answers(client):
     body = {"query": "page numbers", "documents": ["insert a page", "style"]}
-    for path, more in (("/rerank", {"raw_scores": False}), ("/infinity/rerank", {}), ("/rerank", {"raw_scores": None})):
+    for path, more in (("/rerank", {"raw_scores": False}), ("/infinity/rerank", {})):
         answer = client.post(path, body | more | {"return_documents": True}).json()
         assert answer["object"] == "rerank" and isinstance(answer["created"], int), path
         assert [r["document"] for r in answer["results"]] == [body["documents"][r["index"]] for r in answer["results"]]
         assert "document" not in client.post(path, body | {"return_documents": False}).json()["results"][0]
-    assert client.post("/rerank", body).json()["object"] == "list"
+    for more in ({}, {"raw_scores": None}):
+        assert client.post("/rerank", body | more).json()["object"] == "list"
+    objects = body | {"documents": [{"text": "a", "id": 7}], "raw_scores": True, "return_documents": True}
+    assert client.post("/v1/rerank", objects).json()["results"][0]["document"] == {"text": "a", "id": 7}
 
 
 def test_nvidias_paths_hold_the_models_name(client):
@@ -270,6 +273,9 @@ def test_scores_below_a_threshold_are_left_out(client):
     assert [r["relevance_score"] for r in kept] == scores[:2]
     assert client.post("/v1/rerank", body | {"score_threshold": None}).json()["results"][2:]
     assert client.post("/v1/rerank", body | {"score_threshold": "x"}).status_code == 422
+    for raw in ({"raw_scores": True}, {"activation": False}):  # which scores it is of is not said
+        refused = client.post("/v1/rerank", body | raw | {"score_threshold": 0.5})
+        assert refused.status_code == 422 and refused.json()["error"]["param"] == "score_threshold"
 
 
 def test_overload_is_answered_at_once(small_reranker, monkeypatch):

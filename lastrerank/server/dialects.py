@@ -158,14 +158,16 @@ def read_rerank(
                         "truncation_direction")  # fmt: skip
     # As they come, or without the activation of a family that has one.
     score = _raw if _flag(body, "raw_scores") or not _activated(body) else _published
+    if score is _raw and body.score_threshold is not None:
+        raise BodyError(422, "score_threshold: of the published scores, not together with raw ones", "score_threshold")
     texts = _texts(documents, body.rank_fields, content)
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
     back = _flag(body, "return_text" if tei else "return_documents")
     back = (False if tei else documents_back) if back is None else back
-    infinity = is_infinity or (not tei and body.raw_scores is not UNSET)
+    infinity = is_infinity or (not tei and isinstance(body.raw_scores, (bool, str)))
     embeddings = bool(_flag(body, "return_embeddings"))
     bounds = [cap for cap in (_count(body, "max_tokens_per_doc"), _prompt_cap(body)) if cap is not None]
-    caps = [_count(body, "max_doc_length"), *(min(cap, doc_cap) for cap in bounds)]
+    caps = [_count(body, "max_doc_length"), *(cap for cap in bounds if cap < doc_cap)]
     top_n, top_k = _count(body, "top_n"), None if body.top_k is UNSET else _count(body, "top_k")
     request = RerankRequest(
         body.query, texts, top_n=top_n if top_k is None else top_k if top_n is None else min(top_n, top_k),
@@ -183,10 +185,10 @@ def read_rerank(
         results = []
         for found in answers[0].results:
             row: dict[str, Any] = {"index": found["index"], "relevance_score": score(found)}
-            if back and infinity:
-                row["document"] = texts[found["index"]]
-            elif back and not tei:
-                row["document"] = _as_object(documents[found["index"]], raw[found["index"]])
+            if back and not tei:
+                document = documents[found["index"]]
+                as_is = infinity and isinstance(document, str)
+                row["document"] = document if as_is else _as_object(document, raw[found["index"]])
             if embeddings:
                 vector = found["embedding"]
                 row["embedding"] = None if vector is None else vector.tolist()
@@ -241,7 +243,7 @@ def read_score(content: bytes, most: int, doc_cap: int) -> Call:
     for position, text in enumerate(left):
         groups.setdefault(text, []).append(position)
     cap, score = _prompt_cap(body), _published if _activated(body) else _raw
-    cap = None if cap is None else min(cap, doc_cap)
+    cap = None if cap is None or cap >= doc_cap else cap
     requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
 
     def render(answers: Sequence[Answer], model: str) -> Any:

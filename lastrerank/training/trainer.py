@@ -77,7 +77,7 @@ class TrainingConfig:
 
         Raises:
             ValueError: it is no JSON object, or a field is unknown or has a value of another kind; the message names
-            it.
+                it.
         """
         given = read_json(Path(path))
         kinds = {field.name: field.default for field in fields(cls)}
