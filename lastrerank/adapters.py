@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lastrerank.saving import replace_folder
 from lastrerank.stored import EMBEDDING, canonical, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,7 +32,7 @@ _FIXED: dict[str, Any] = {
 }  # fmt: skip
 # Fields that are read, or say only how an adapter came about or where it goes, which its tensors say.
 _KNOWN = frozenset({
-    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "revision",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type",
     "inference_mode", "lora_dropout", "auto_mapping", "peft_version", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
@@ -76,6 +78,11 @@ class Adapter:
                 )
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no checkpoint."""
+    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+
+
 def read_adapter(folder: Path) -> Adapter:
     """An adapter's two files.
 
@@ -93,44 +100,63 @@ def read_adapter(folder: Path) -> Adapter:
         elif name == "init_lora_weights":
             if value not in _INITIAL:
                 raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, which changes the base's weights first")
+        elif name == "use_rslora":
+            if not isinstance(value, bool):
+                raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, expected true or false")
         elif name not in _KNOWN and value is not None:
             raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, a field that isn't known here")
     base = raw.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder / CONFIG}: base_model_name_or_path is {base!r:.80}, expected a folder or a Hub id")
     rank, alpha = _number(folder, raw, "r", 1), _number(folder, raw, "lora_alpha", 0)
+    patterns = {name: _patterns(folder, raw, name) for name in ("rank_pattern", "alpha_pattern")}
+    revision = raw.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise ValueError(f"{folder / CONFIG}: revision is {revision!r:.80}, expected a string")
     try:
+        if not stat.S_ISREG(os.stat(folder / WEIGHTS).st_mode):  # a pipe would be waited for
+            raise ValueError(f"{folder / WEIGHTS}: no regular file")
         tensors = load_file(str(folder / WEIGHTS))
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS}: missing, damaged or incomplete: {error}") from error
     parts: dict[str, dict[str, torch.Tensor]] = {}
     replaced: dict[str, torch.Tensor] = {}
     for stored, tensor in tensors.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{folder / WEIGHTS}: {stored} is {tensor.dtype}, expected numbers")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{folder / WEIGHTS}: {stored} holds NaN or infinity")
         name = stored.removeprefix(_PREFIX)
         found = re.fullmatch(r"(.+)\.lora_([AB])(\.default)?\.weight", name)
         if found:
-            parts.setdefault(found[1], {})[found[2]] = tensor
+            own = parts.setdefault(canonical(f"{found[1]}.weight"), {})
+            if found[2] in own:
+                raise ValueError(f"{folder / WEIGHTS}: an update of {found[1]} is there twice")
+            own[found[2]] = tensor
         elif "lora_" in name or "modules_to_save" in name:
             raise ValueError(f"{folder / WEIGHTS}: {stored} is no update that is known here")
+        elif canonical(name) in replaced:
+            raise ValueError(f"{folder / WEIGHTS}: {canonical(name)} is there twice")
         else:
             replaced[canonical(name)] = tensor
     updates = {}
-    for module, pair in parts.items():
+    for weight, pair in parts.items():
+        module = weight.removesuffix(".weight")
+        _check_targeted(folder, raw, module)
+        if weight in replaced:
+            raise ValueError(f"{folder / WEIGHTS}: {weight} is replaced and updated")
         if pair.keys() != {"A", "B"} or pair["A"].ndim != 2 or pair["B"].shape[1:] != pair["A"].shape[:1]:
             shapes = {n: tuple(t.shape) for n, t in pair.items()}
             raise ValueError(f"{folder / WEIGHTS}: {module} has {shapes}, expected A [r, in] and B [out, r]")
-        own_rank = _pattern(raw.get("rank_pattern"), module, rank)
-        own_alpha = _pattern(raw.get("alpha_pattern"), module, alpha)
+        own_rank = _pattern(patterns["rank_pattern"], module, rank)
+        own_alpha = _pattern(patterns["alpha_pattern"], module, alpha)
         if len(pair["A"]) != own_rank:
             raise ValueError(f"{folder / WEIGHTS}: {module} has rank {len(pair['A'])}, {CONFIG} says {own_rank:g}")
         scale = own_alpha / (own_rank**0.5 if raw.get("use_rslora") is True else own_rank)
-        updates[canonical(f"{module}.weight")] = (scale, pair["B"], pair["A"])
+        updates[weight] = (scale, pair["B"], pair["A"])
     if not updates and not replaced:
         raise ValueError(f"{folder / WEIGHTS}: holds nothing")
-    revision = raw.get("revision")
-    return Adapter(folder, base, revision if isinstance(revision, str) else None, updates, replaced)
+    return Adapter(folder, base, revision, updates, replaced)
 
 
 def write_adapter(
@@ -140,31 +166,34 @@ def write_adapter(
     replaced: Mapping[str, torch.Tensor],
     rank: int,
     alpha: float,
+    revision: str | None = None,
 ) -> None:
-    """Write an adapter that PEFT reads.
+    """Write an adapter that PEFT reads, in one step (see `lastrerank.saving`).
 
     Args:
-        base: folder or Hub id.
+        base: folder or Hub id, of which `revision` is meant.
         updates: by canonical name of a linear's weight, `(B [out, r], A [r, in])`.
         replaced: whole tensors by canonical name, those of the projector.
     """
     from safetensors.torch import save_file
 
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in updates})
     saved = sorted({name.split(".")[0] for name in replaced})
     raw = {
-        "peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "target_modules": modules,
+        "peft_type": "LORA", "base_model_name_or_path": base, "revision": revision, "r": rank, "lora_alpha": alpha,
+        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "target_modules": modules,
         "modules_to_save": saved or None, "task_type": None, "inference_mode": True,
     }  # fmt: skip
     tensors = {f"{_PREFIX}{name}": tensor for name, tensor in replaced.items()}
     for name, (b, a) in updates.items():
         module = f"{_PREFIX}{name.removesuffix('.weight')}"
         tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, str(target / WEIGHTS))
-    (target / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+    def write(target: Path) -> None:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, str(target / WEIGHTS))
+        (target / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+    replace_folder(Path(os.path.realpath(folder)), write)
 
 
 def _number(folder: Path, raw: Mapping[str, Any], name: str, least: float) -> float:
@@ -174,9 +203,30 @@ def _number(folder: Path, raw: Mapping[str, Any], name: str, least: float) -> fl
     return float(value)
 
 
-def _pattern(patterns: Any, module: str, default: float) -> float:
+def _patterns(folder: Path, raw: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Numbers by a pattern of module names; patterns that could take for ever are refused."""
+    given = raw.get(name)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{folder / CONFIG}: {name} is {given!r:.80}, expected an object")
+    for key in given:
+        if not re.fullmatch(r"[\w.^$|-]+", key):
+            raise ValueError(f"{folder / CONFIG}: {name} has {key!r:.80}, expected a module's name")
+        _number(folder, given, key, 0)
+    return {key: float(value) for key, value in given.items()}
+
+
+def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """PEFT's: the first key that the module's name ends with, as a regular expression."""
-    for key, value in (patterns or {}).items() if isinstance(patterns, Mapping) else ():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return default
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _check_targeted(folder: Path, raw: Mapping[str, Any], module: str) -> None:
+    """PEFT reads no update of a module that the configuration doesn't name."""
+    targets, layers = raw.get("target_modules"), raw.get("layers_to_transform")
+    if isinstance(targets, list) and not any(module == t or module.endswith(f".{t}") for t in map(str, targets)):
+        raise ValueError(f"{folder / WEIGHTS}: updates {module}, which is none of target_modules {targets}")
+    number = re.search(r"layers\.(\d+)\.", module)
+    if layers is not None and number and int(number[1]) not in (layers if isinstance(layers, list) else [layers]):
+        raise ValueError(f"{folder / WEIGHTS}: updates {module}, which is in none of layers_to_transform {layers}")

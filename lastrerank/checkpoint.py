@@ -62,7 +62,8 @@ class Checkpoint:
     """A checkpoint on disk, its small files parsed. `weights` reads the large ones.
 
     name: a Hub id, a bundled name, or the folder's. family: what it is. files: all that was and will be read, as they
-    were when it was opened. adapter: what is merged into the weights while they are read; `folder` is its base's.
+    were when it was opened. adapter: what is merged into the weights while they are read; `folder` is its base's, and
+    `base` the base's name (without an adapter, the checkpoint's own).
     """
 
     name: str
@@ -74,6 +75,7 @@ class Checkpoint:
     tokenizer_config: Mapping[str, Any]
     files: tuple[FileState, ...]
     adapter: Adapter | None = None
+    base: str = ""
 
     def weights(
         self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None = None
@@ -185,14 +187,12 @@ def open_checkpoint(
     """
     name, folder = resolve(id_or_path, revision)
     base, adapter = name, None
-    if (folder / adapters.CONFIG).exists():
-        if (folder / "config.json").exists():
-            raise ValueError(
-                f"{folder}: {adapters.CONFIG} is there beside a checkpoint: whether it is merged already isn't said; "
-                "keep adapter and base apart"
-            )
+    before: list[FileState] = []
+    if adapters.is_adapter(folder):
+        before = [FileState.of(folder / n) for n in (adapters.CONFIG, adapters.WEIGHTS) if (folder / n).exists()]
         adapter = adapters.read_adapter(folder)
         base, folder = resolve(adapter.base, adapter.revision)
+    _refuse_adapter_beside(folder)
     raw = read_json(folder / "config.json")
     path = folder / "tokenizer_config.json"
     tokenizer_config = read_json(path) if path.exists() else {}
@@ -206,10 +206,16 @@ def open_checkpoint(
 
         family = recognise(base, folder, raw, has_projector, read_json)
     small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
-    if adapter is not None:
-        small += [adapter.folder / n for n in (adapters.CONFIG, adapters.WEIGHTS)]
-    files = tuple(FileState.of(path) for path in (*small, *weight_files(folder)[0]))
-    return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter)
+    files = (*(FileState.of(path) for path in (*small, *weight_files(folder)[0])), *before)
+    return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter, base)
+
+
+def _refuse_adapter_beside(folder: Path) -> None:
+    if (folder / adapters.CONFIG).exists():
+        raise ValueError(
+            f"{folder}: {adapters.CONFIG} is there beside a checkpoint: whether it is merged already isn't said; keep "
+            "adapter and base apart"
+        )
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,7 @@ def open_decoder(id_or_path: str | os.PathLike[str], revision: str | None = None
         ValueError: a file is missing or malformed, or a tensor is missing, unknown or misshapen.
     """
     _, folder = resolve(id_or_path, revision)
+    _refuse_adapter_beside(folder)
     raw = read_json(folder / "config.json")
     path = folder / "tokenizer_config.json"
     tokenizer_config = read_json(path) if path.exists() else {}
@@ -237,8 +244,16 @@ def open_decoder(id_or_path: str | os.PathLike[str], revision: str | None = None
     if config.quantised:
         raise ValueError(f"{folder}: its weights are int8: training starts from what they were quantised from")
     with Tensors(folder) as tensors:
-        stored = {canonical(name): name for name in tensors.names() if not IGNORED.fullmatch(name)}
+        stored: dict[str, str] = {}
+        for name in tensors.names():
+            if canonical(name) in stored:
+                raise ValueError(f"{folder}: {canonical(name)} is there twice")
+            if not IGNORED.fullmatch(name):
+                stored[canonical(name)] = name
         expected, _ = expected_tensors(config)
+        unknown = sorted(stored.keys() - expected.keys() - {_LM_HEAD})
+        if unknown:
+            raise ValueError(f"{folder}: {len(unknown)} tensors are unknown, the first: {', '.join(unknown[:3])}")
         for name, shape in expected.items():
             if name not in stored:
                 raise ValueError(f"{folder}: {name} is missing")

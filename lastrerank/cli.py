@@ -383,7 +383,7 @@ def download(
 
     try:
         folder = resolve(model, revision)[1]
-        if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").exists():
+        if adapters.is_adapter(folder):
             adapter = adapters.read_adapter(folder)  # of no use without its base
             read_json(resolve(adapter.base, adapter.revision)[1] / "config.json")
         else:

@@ -136,7 +136,7 @@ class Reranker:
             kind = "float32" if target.type == "cpu" else "bfloat16"
         source = open_checkpoint(id_or_path, revision, known)
         if Path(id_or_path).is_dir():  # another process may stand in another folder
-            made_by["id_or_path"] = str(source.folder.resolve())
+            made_by["id_or_path"] = str(Path(id_or_path).resolve())
         encoder = source.family.prompt.encoder(source.tokenizer, source.config)
         name, operations = ops.select(backend, target, DTYPES[kind])
         compute_dtype = _ACTIVATIONS.get(kind, DTYPES[kind])
@@ -355,7 +355,7 @@ class Reranker:
         saving.save(
             folder, {name: value for name, value in raw.items() if name != "quantization_config" or value},
             source.tokenizer, limits | dict(source.tokenizer_config), state, python_files=source.folder,
-            hub_id=source.name if "/" in source.name else None,
+            hub_id=source.base if "/" in source.base else None,
         )  # fmt: skip
 
     def _with_family(self, raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def save(
         # The library makes a file that its owner alone can read.
         os.chmod(weights, (target / "config.json").stat().st_mode & 0o777)
 
-    _replace_folder(Path(os.path.realpath(folder)), write)
+    replace_folder(Path(os.path.realpath(folder)), write)
 
 
 def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Tensor]:
@@ -191,7 +191,7 @@ def _modules(folder: Path, name: str) -> dict[str, Path] | None:
     return found
 
 
-def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a folder that then takes the place of `target`; files of no checkpoint come along."""
     target.parent.mkdir(parents=True, exist_ok=True)
     new = partial_name(target)

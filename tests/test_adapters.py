@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -95,7 +98,12 @@ def test_scales_by_pattern_and_rank_stabilised(base, adapter, tmp_path):
      ({"something_new": 1}, "something_new is 1, a field that isn't known"), ({"r": 0}, "r is 0"),
      ({"init_lora_weights": "pissa"}, "changes the base's weights"), ({"r": 8}, "has rank 4"),
      ({"base_model_name_or_path": None}, "base_model_name_or_path is None"), ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
-     ({"fan_in_fan_out": True}, "fan_in_fan_out"), ({"base_model_name_or_path": "/nowhere"}, "/nowhere")],
+     ({"use_rslora": 1}, "use_rslora is 1"), ({"target_modules": ["q_proj"]}, "none of target_modules"),
+     ({"layers_to_transform": [0]}, "none of layers_to_transform"), ({"revision": 3}, "revision is 3"),
+     ({"rank_pattern": {"(a+)+b": 4}}, "expected a module's name"),
+     ({"alpha_pattern": {"q_proj": "x"}}, "q_proj is 'x'"),
+     ({"alpha_pattern": [1]}, "expected an object"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+     ({"base_model_name_or_path": "/nowhere"}, "/nowhere")],
 )  # fmt: skip
 def test_what_asks_for_more_is_refused_by_name(adapter, fields, said):
     change(adapter[0], **fields)
@@ -112,8 +120,8 @@ A = f"base_model.model.{Q}.lora_A.weight"
      (f"base_model.model.{Q}.lora_magnitude_vector", None, "no update that is known"),
      ("base_model.model.model.layers.0.self_attn.z_proj.lora_A.weight", None, r"expected A \[r, in\]"),
      (A, torch.zeros(4, 7), r"updates .*q_proj.weight as \(256, 7\)"), (A, torch.full((4, 128), torch.nan), "NaN"),
-     (A, torch.zeros(3, 128), "expected A"), ("base_model.model.model.embed_tokens.weight", torch.zeros(2, 2), "A"),
-     ],
+     (A, torch.zeros(3, 128), "expected A"), (A, torch.zeros(4, 128, dtype=torch.int8), "torch.int8, expected numbers"),
+     (f"base_model.model.{Q}.lora_A.other.weight", None, "no update that is known")],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(adapter, new, tensor, said):
     rename(adapter[0], A, new, tensor)
@@ -136,6 +144,40 @@ def test_other_replacements_and_int8_bases_are_refused(base, adapter, tmp_path):
     change(folder, base_model_name_or_path=str(tmp_path / "int8"))
     with pytest.raises(ValueError, match="its weights are int8"):
         Reranker.from_pretrained(folder)
+
+
+def test_what_is_there_twice_or_no_file_is_refused(base, adapter):
+    folder, _ = adapter
+    tensors = load_file(folder / WEIGHTS)
+    for name, said in ((A.replace(".weight", ".default.weight"), "there twice"),
+                       (f"base_model.model.{Q}.weight", "replaced and updated")):  # fmt: skip
+        save_file(tensors | {name: torch.zeros(4, 128)}, str(folder / WEIGHTS))
+        with pytest.raises(ValueError, match=said):
+            Reranker.from_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    os.mkfifo(folder / WEIGHTS)
+    with pytest.raises(ValueError, match="no regular file"):
+        Reranker.from_pretrained(folder)
+
+
+def test_a_pickle_is_of_the_adapter_and_a_base_has_none_beside_it(base, adapter, tmp_path):
+    folder, _ = adapter
+    again = pickle.loads(pickle.dumps(Reranker.from_pretrained(folder, backend="reference")))
+    assert again.rerank("expert", DOCUMENTS) == Reranker.from_pretrained(folder, backend="reference").rerank(
+        "expert", DOCUMENTS
+    )
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    (both / CONFIG).write_text((folder / CONFIG).read_text())
+    change(folder, base_model_name_or_path=str(both))
+    with pytest.raises(ValueError, match="beside a checkpoint"):
+        Reranker.from_pretrained(folder)
+
+
+def test_an_adapter_is_trained_over_a_whole_model_only(base, adapter):
+    config = TrainingConfig(lora_rank=2)
+    with pytest.raises(ValueError, match="an adapter over another model; save it as a whole first"):
+        Trainer(open_checkpoint(adapter[0]), TrainingData(["a"], [ListRow("a", 0, (), None, "all")]), config)
 
 
 def test_training_writes_an_adapter_that_is_what_it_trained(base, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -126,6 +127,12 @@ def test_the_command_takes_a_plain_decoder(tmp_path):
     trained = Reranker.from_pretrained(tmp_path / "out" / "last")
     assert trained.config.num_layers == 2 and trained.checkpoint.raw_config["model_type"] == "llama"
     assert run("--layers", "2").exit_code == 0  # nothing is left to do
+    # What was made of it is part of what a state is of.
+    made = tmp_path / "out" / "start" / "config.json"
+    before = made.read_text()
+    made.write_text(before.replace('"rms_norm_eps"', '"max_length": 20, "rms_norm_eps"'))
+    assert "another made" in run("--layers", "2").output
+    made.write_text(before)
     other = run("--layers", "3")
     assert other.exit_code == 2 and "another start" in other.output
     (tmp_path / "recipe.json").write_text(json.dumps({"constant": 1}))
@@ -136,6 +143,23 @@ def test_the_command_takes_a_plain_decoder(tmp_path):
     too_many = CliRunner().invoke(app, ["train", str(pairs), "--start", str(source), "--output",
                                         str(tmp_path / "more"), "--layers", "4"])  # fmt: skip
     assert too_many.exit_code == 2 and "expected 1 to 3" in too_many.output
+
+
+def test_what_is_no_plain_decoder_is_not_taken_for_one(tmp_path):
+    source, _ = decoder(tmp_path / "decoder", "qwen3")
+    for name, more in (("Qwen3-Reranker-0.6B", {}), ("x", {"lastrerank": {"family": "qwen3-reranker"}}),
+                       ("y", {"architectures": ["Qwen3ForSequenceClassification"]})):  # fmt: skip
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | more))
+        assert not is_decoder(folder)
+    state = load_file(source / "model.safetensors")
+    for extra, said in (({"model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}, "tensors are unknown"),
+                        ({"norm.weight": torch.zeros(96)}, "there twice")):  # fmt: skip
+        save_file(state | extra, str(source / "model.safetensors"), metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=said):
+            open_decoder(source)
 
 
 def test_a_fitted_vocabulary_reads_what_it_keeps_as_before():
@@ -190,13 +214,14 @@ def test_new_words_begin_as_old_ones_of_their_meaning(tmp_path):
 def test_lists_fuse_the_label_and_bm25(tmp_path):
     documents = [f"{word} {other}" for word in ("page", "style", "print") for other in ("numbers", "one", "two", "x")]
     (tmp_path / "documents.jsonl").write_text(
-        "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(documents))
+        "".join(json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
     )
-    pairs = [{"query": t, "positive": i, "lang": "en", "source": "lo-index"} for i, t in enumerate(documents)]
+    pairs = [{"query": t, "positive": f"d{i}", "lang": "en", "source": "lo-index"} for i, t in enumerate(documents)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     data = read_training_data(small.fused_lists(tmp_path, tmp_path / "lists"))
     assert small.pool_weights(data) == {"lo-index/en": small.WEIGHTS["lo-index/en"]}
     for row in data.rows:
+        assert data.documents[row.positive] == row.query
         assert row.teacher[0] == small.BM25_LOGIT + small.LABEL_LOGIT  # the query's own words
         assert all(0 < logit < small.BM25_LOGIT for logit in row.teacher[1:])
 

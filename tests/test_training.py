@@ -120,18 +120,25 @@ def test_all_losses_train_together(toy):
         assert all(math.isfinite(record[name]) for name in ("rank", "disperse", "dual", "similar", "grad_norm"))
 
 
-def test_resume_is_exact(toy, tmp_path):
-    whole, first, second = trainer(toy, steps=6), trainer(toy, steps=6), trainer(toy, steps=6)
+@pytest.mark.parametrize("more", [{}, {"average": 0.9, "doc_tokens": 24, "doc_tokens_least": 2, "constant": True}])
+def test_resume_is_exact(toy, tmp_path, more):
+    whole, first, second = (trainer(toy, steps=6, **more) for _ in range(3))
     whole.train(io.StringIO())
     first.train(io.StringIO(), until=3)
     first.save_state(tmp_path / "state.pt")
     second.load_state(tmp_path / "state.pt")
     second.train(io.StringIO())
     assert second.step == 6
-    for name, tensor in whole.parameters.items():
-        assert torch.equal(tensor, second.parameters[name]), name
+    for averaged in (False, True):
+        own, resumed = whole.merged(averaged), second.merged(averaged)
+        assert all(torch.equal(tensor, resumed[name]) for name, tensor in own.items())
+        if averaged and more:
+            assert not torch.equal(own["model.norm.weight"], whole.parameters["model.norm.weight"])
     with pytest.raises(ValueError, match="was trained with steps = 6"):
-        trainer(toy, steps=7).load_state(tmp_path / "state.pt")
+        trainer(toy, steps=7, **more).load_state(tmp_path / "state.pt")
+    for bad in ({"average": 1.0}, {"doc_tokens_least": 25, "doc_tokens": 24}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
+            trainer(toy, **bad)
 
 
 def test_low_rank_updates(toy, tmp_path):

@@ -8,14 +8,18 @@ they are, they all point one way.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
 
 from lastrerank import saving
+from lastrerank.adapters import is_adapter
 from lastrerank.checkpoint import open_checkpoint, open_decoder, resolve
 from lastrerank.config import ModelConfig
+from lastrerank.families import FAMILIES, SENTENCE_TRANSFORMERS
+from lastrerank.families.family import repository_name
 from lastrerank.kept import digest
 from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, V3_CAPS
 from lastrerank.stored import PROJECTOR, Tensors, read_json, weight_files
@@ -25,6 +29,7 @@ from lastrerank.training.trainer import Trainer, TrainingConfig
 # The projector that a start gets: linear at first, the two halves of its hidden channels are each other's negatives.
 PROJECTED = 256
 CAPS = ("max_query_length", "max_doc_length")
+LEAST_CONTEXT = 1024
 # Lists whose readouts are looked at.
 LISTS = 60
 
@@ -35,14 +40,28 @@ def is_decoder(id_or_path: str | os.PathLike[str]) -> bool:
     Raises:
         ValueError: it can't be read.
     """
-    _, folder = resolve(id_or_path)
+    name, folder = resolve(id_or_path)
+    if is_adapter(folder):
+        return False
     raw = read_json(folder / "config.json")
-    if (raw.get("lastrerank") or {}).get("family") or any(
-        not str(name).endswith(("ForCausalLM", "Model")) for name in raw.get("architectures") or ()
-    ):
+    ModelConfig.from_dict(raw)
+    architectures = raw.get("architectures") or ()
+    known = any(f.repositories and re.fullmatch(f.repositories, repository_name(name), re.IGNORECASE)
+                for f in FAMILIES.values())  # fmt: skip
+    named = {"family", "template"} & (raw.get("lastrerank") or {}).keys()
+    if known or named or (folder / SENTENCE_TRANSFORMERS).exists():
+        return False
+    if not all(architecture.endswith(("ForCausalLM", "Model")) for architecture in architectures):
         return False
     with Tensors(folder) as tensors:
         return not any(PROJECTOR.fullmatch(name) for name in tensors.names())
+
+
+def check_layers(id_or_path: str | os.PathLike[str], layers: int | None) -> None:
+    """Raises ValueError where a decoder hasn't as many layers."""
+    count = read_json(resolve(id_or_path)[1] / "config.json")["num_hidden_layers"]
+    if layers is not None and not 0 < layers <= count:
+        raise ValueError(f"layers is {layers}, expected 1 to {count}: {id_or_path} has as many")
 
 
 def decoder_digest(id_or_path: str | os.PathLike[str], layers: int | None) -> str:
@@ -73,10 +92,8 @@ def listwise_start(
     """
     found = open_decoder(decoder)
     raw, tokenizer, state = dict(found.raw_config), found.tokenizer, dict(found.state)
-    count = raw["num_hidden_layers"]
-    if layers is not None and not 0 < layers <= count:
-        raise ValueError(f"layers is {layers}, expected 1 to {count}: {decoder} has as many")
-    kept = count if layers is None else layers
+    check_layers(decoder, layers)
+    kept = raw["num_hidden_layers"] if layers is None else layers
     state = {
         name: tensor for name, tensor in state.items()
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < kept
@@ -102,6 +119,8 @@ def listwise_start(
     raw["vocab_size"] = rows
 
     context = ModelConfig.from_dict(raw, found.tokenizer_config.get("model_max_length")).max_context
+    if context < LEAST_CONTEXT:
+        raise ValueError(f"{decoder} has a context of {context} tokens, a list needs {LEAST_CONTEXT} at least")
     caps = {name: min(cap, context // 4) for name, cap in zip(CAPS, V3_CAPS, strict=True)}
     if caps["max_doc_length"] < V3_CAPS[1]:
         raw["lastrerank"] = {**(raw.get("lastrerank") or {}), **caps}
@@ -124,6 +143,8 @@ def linear_projector(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def whitening(documents: torch.Tensor, queries: torch.Tensor, width: int) -> torch.Tensor:
     """`[width, D]`: the directions in which readouts of documents `[N, D]` and queries `[M, D]` differ most among
     themselves, each scaled to a variance of one; the means of both are projected out."""
+    if len(documents) < 8:
+        raise ValueError(f"{len(documents)} documents were read: too few to see how readouts differ")
     means, _ = torch.linalg.qr(torch.stack([documents.mean(0), queries.mean(0)]).T)
     centred = torch.cat([documents - documents.mean(0), queries - queries.mean(0)])
     centred = centred - centred @ means @ means.T

@@ -39,11 +39,18 @@ def decoder_from_gguf(path: str | Path, output: str | Path) -> Path:
     architecture, kind = field("general.architecture"), (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))
     if architecture != "llama" or kind != ("gpt2", "smollm"):
         raise ValueError(f"{path} holds a {architecture} with tokenizer {kind}, expected llama, ('gpt2', 'smollm')")
+    scaled = [name for name in reader.fields if name.startswith("llama.rope.") and name not in (
+        "llama.rope.freq_base", "llama.rope.dimension_count")]  # fmt: skip
+    if scaled:
+        raise ValueError(f"{path}: {scaled[0]} is {field(scaled[0])!r:.40}: only unscaled rotary embedding is known")
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     state = {}
     for tensor in reader.tensors:
         weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
+        known = layer[2] in _NAMES if layer else tensor.name.removesuffix(".weight") in _ALONE
+        if not known:
+            raise ValueError(f"{path}: {tensor.name} is a tensor that isn't known here")
         if layer is None:
             state[f"{_ALONE[tensor.name.removesuffix('.weight')]}.weight"] = weight
             continue

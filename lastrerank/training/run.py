@@ -24,7 +24,7 @@ from lastrerank.kept import digest, locked, read_records, write_file, write_reco
 from lastrerank.progress import Progress
 from lastrerank.reranker import Reranker
 from lastrerank.training.data import read_training_data
-from lastrerank.training.decoder import decoder_digest, is_decoder, listwise_start
+from lastrerank.training.decoder import check_layers, decoder_digest, is_decoder, listwise_start
 from lastrerank.training.mining import Pair, mine_lists, rank_negatives
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
@@ -98,8 +98,10 @@ def _train(
         raise ValueError(f"layers is {layers}: {start} is no plain decoder, all of its layers are trained")
     begin = None if plain else open_checkpoint(start)
     sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
+    if plain:
+        check_layers(start, layers)
     # What the weights at a step depend on, beside the recipe.
-    identity = {
+    identity: dict[str, Any] = {
         "start": decoder_digest(start, layers) if begin is None else begin.digest(),
         "data": _data_digest(data), "weights": dict(weights) if weights else None,
         "dev": [digest(s.dataset.name, s.dataset.queries, s.dataset.qrels, s.dataset.documents) for s in sets],
@@ -112,7 +114,10 @@ def _train(
     if begin is None:
         if not state.is_file():
             listwise_start(start, target / "start", training_data, config, layers=layers)
+        elif not (target / "start").is_dir():
+            raise ValueError(f"{state} is of a training with another start: name another output, or remove it")
         begin = open_checkpoint(target / "start")
+        identity["made"] = begin.digest()  # configuration and tokenizer are read from there
     trainer = Trainer(begin, training_data, config, device, identity)
     records: list[dict[str, Any]] = []
     if state.is_file():

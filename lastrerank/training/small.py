@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from lastrerank import saving
 from lastrerank.checkpoint import open_decoder
 from lastrerank.families.listwise import PROMPT
+from lastrerank.kept import write_records
 from lastrerank.training.data import TrainingData, json_lines, read_training_data
 from lastrerank.training.gguf import decoder_from_gguf
 from lastrerank.training.mining import Pair, mine_lists
@@ -59,15 +60,15 @@ RECIPE = TrainingConfig(
 
 def sample_texts(data: Path, seed: int = 0) -> list[str]:
     """At most 4 MB of English documents, 1.6 MB of every other language, 3,000 queries of each."""
-    language: dict[int, str] = {}
+    language: dict[Any, str] = {}
     queries: dict[str, list[str]] = defaultdict(list)
     for _, pair in json_lines(data, "pairs"):
         spoken = pair["lang"].split(">")
         language[pair["positive"]] = spoken[-1]
         queries[spoken[0]].append(pair["query"])
     grouped: dict[str, list[str]] = defaultdict(list)
-    for index, (_, row) in enumerate(json_lines(data, "documents")):
-        grouped[language.get(index, "en")].append(row["text"])
+    for _, row in json_lines(data, "documents"):
+        grouped[language.get(row["id"], "en")].append(row["text"])
     rng, texts = random.Random(seed), []
     for name, group in grouped.items():
         rng.shuffle(group)
@@ -125,8 +126,17 @@ def _by_meaning(
 
 def fused_lists(data: Path, output: Path, seed: int = 0) -> Path:
     """Lists of BM25's negatives of the same pool, with logits of BM25 and the label."""
-    documents = [row["text"] for _, row in json_lines(data, "documents")]
-    rows = [row for _, row in json_lines(data, "pairs") if len(row["query"]) > 2]
+    documents: list[str] = []
+    place: dict[Any, int] = {}
+    for _, row in json_lines(data, "documents"):
+        place[row["id"]] = len(documents)
+        documents.append(row["text"])
+    rows: list[dict[str, Any]] = []
+    for where, row in json_lines(data, "pairs"):
+        if row["positive"] not in place:
+            raise ValueError(f"{where}: positive is {row['positive']!r:.40}, no document's id")
+        if len(row["query"]) > 2:
+            rows.append(row | {"positive": place[row["positive"]]})
     rng, chosen = random.Random(seed), []
     for (source, language), count in SAMPLE.items():
         named = {own for own_source, own in SAMPLE if own_source == source and own is not None}
@@ -143,12 +153,8 @@ def fused_lists(data: Path, output: Path, seed: int = 0) -> Path:
 
     lists = mine_lists(documents, pairs, teacher=logits)
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "lists.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in lists)
-    with (output / "documents.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(documents)
-        )
+    write_records(output / "lists.jsonl", lists)
+    write_records(output / "documents.jsonl", ({"id": i, "text": text} for i, text in enumerate(documents)))
     return output
 
 

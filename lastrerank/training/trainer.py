@@ -123,6 +123,13 @@ class Trainer:
         prompt = checkpoint.family.prompt
         if not isinstance(prompt, ListPrompt):
             raise ValueError(f"{checkpoint.name} is of the family {checkpoint.family.name!r}: only listwise ones train")
+        if config.lora_rank and (checkpoint.adapter is not None or checkpoint.config.quantised):
+            what = "an adapter over another model" if checkpoint.adapter is not None else "int8"
+            raise ValueError(f"lora_rank is {config.lora_rank}: {checkpoint.name} is {what}; save it as a whole first")
+        if not config.average < 1:
+            raise ValueError(f"average is {config.average}, expected less than 1")
+        if config.doc_tokens_least > config.doc_tokens:
+            raise ValueError(f"doc_tokens_least is {config.doc_tokens_least}, doc_tokens {config.doc_tokens}")
         self.identity = dict(identity or {})
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
@@ -340,7 +347,7 @@ class Trainer:
         limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": source.config.max_context}
         saving.save(
             folder, raw, source.tokenizer, limits | dict(source.tokenizer_config), state, python_files=source.folder,
-            hub_id=source.name if "/" in source.name else None,
+            hub_id=source.base if "/" in source.base else None,
         )  # fmt: skip
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -357,9 +364,11 @@ class Trainer:
             for name in self.parameters if f"{name}.lora_a" in self.low_rank
         }  # fmt: skip
         source = self.checkpoint
-        base = source.name if "/" in source.name else str(source.folder.resolve())
+        base, revision = str(source.folder.resolve()), None
+        if "/" in source.name:
+            base, revision = source.name, source.folder.name if source.folder.parent.name == "snapshots" else None
         projector = {name: tensor for name, tensor in current.items() if name.startswith("projector.")}
-        write_adapter(folder, base, updates, projector, self.config.lora_rank, self.config.lora_alpha)
+        write_adapter(folder, base, updates, projector, self.config.lora_rank, self.config.lora_alpha, revision)
 
     def save_state(self, path: str | Path) -> None:
         """Write what `load_state` needs to go on exactly where this trainer is; the file is replaced in one step.

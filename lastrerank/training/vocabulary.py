@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 
 from tokenizers import Tokenizer
@@ -69,8 +69,8 @@ def fitted(
 
     remaining = _with_model(raw, kept, merges, ())
     pieces = [(_spelled(remaining, word), count) for word, count in words.items()]
-    new = _learnt(pieces, add)
-    tokens = [token for token in vocabulary if token in kept] + list(dict.fromkeys(a + b for a, b in new))
+    new = _learnt(pieces, add, kept)
+    tokens = [token for token in vocabulary if token in kept] + [a + b for a, b in new]
     result = _with_model(raw, tokens, merges + new, list(special))
     before = [
         (vocabulary[token],) if token in kept else tuple(vocabulary[part] for part in _spelled(tokenizer, token))
@@ -103,8 +103,10 @@ def _with_model(
     return Tokenizer.from_str(json.dumps(raw | {"model": model, "added_tokens": numbered, "post_processor": None}))
 
 
-def _learnt(pieces: Sequence[tuple[list[str], int]], add: int) -> list[tuple[str, str]]:
-    """The next `add` merges of byte-pair encoding over words in pieces, with counts."""
+def _learnt(pieces: Sequence[tuple[list[str], int]], add: int, kept: Collection[str]) -> list[tuple[str, str]]:
+    """The next `add` merges of byte-pair encoding over words in pieces, with counts; each spells a token that isn't
+    there yet."""
+    taken = set(kept)
     words = [list(parts) for parts, _ in pieces]
     weights = [count for _, count in pieces]
     counts: Counter[tuple[str, str]] = Counter()
@@ -124,7 +126,10 @@ def _learnt(pieces: Sequence[tuple[list[str], int]], add: int) -> list[tuple[str
             continue
         if -negative < 2:
             break
+        if best[0] + best[1] in taken:  # spelt otherwise
+            continue
         merges.append(best)
+        taken.add(best[0] + best[1])
         grown: set[tuple[str, str]] = set()
         for number in where.pop(best):
             parts, weight = words[number], weights[number]
