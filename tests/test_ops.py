@@ -327,3 +327,22 @@ def test_choosing_a_backend(caplog):
     assert name in ops.BACKENDS
     reasons = ops.availability(cpu, torch.float32)
     assert reasons[name] is None and set(reasons) == set(ops.BACKENDS)
+
+
+def test_one_warning_where_auto_is_slower_than_it_need_be(monkeypatch, caplog):
+    def missing(device, dtype):
+        raise RuntimeError("its library isn't there: no compiler")
+
+    monkeypatch.setitem(ops.BACKENDS, "native", missing)
+    ops._warn_once.cache_clear()
+    cpu = torch.device("cpu")
+    for _ in range(3):
+        assert ops.select("auto", cpu, torch.float32)[0] == "reference"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "slower than it need be: plain PyTorch computes, since native: its library isn't there: no compiler"
+    ]
+    caplog.clear()
+    ops._warn_once.cache_clear()
+    ops.select("auto", cpu, torch.bfloat16)  # asked for: nothing else serves it
+    ops.select("reference", cpu, torch.float32)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

@@ -1,10 +1,14 @@
-"""The `rerankers` library: a ranker with its interface; `pip install 'lastrerank[rerankers]'`."""
+"""The `rerankers` library: a ranker with its interface; `pip install 'lastrerank[rerankers]'`.
+
+Once this module is imported, `rerankers.Reranker(model, model_type="lastrerank")` makes one, too.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rerankers.documents import Document
+from rerankers.models import AVAILABLE_RANKERS
 from rerankers.models.ranker import BaseRanker
 from rerankers.results import RankedResults, Result
 from rerankers.utils import prep_docs
@@ -43,3 +47,6 @@ class LastrerankRanker(BaseRanker):
     def score(self, query: str, doc: str) -> float:
         """The score of a list of one."""
         return self.model.rerank(query, [doc], instruction=self.instruction)[0]["relevance_score"]
+
+
+AVAILABLE_RANKERS["lastrerank"] = LastrerankRanker

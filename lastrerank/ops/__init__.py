@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -251,11 +252,19 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Op
     reasons = []
     for candidate, factory in BACKENDS.items():
         try:
-            return candidate, factory(device, dtype)
+            found = factory(device, dtype)
+            if candidate == "reference" and device.type == "cpu" and dtype == torch.float32 and reasons:
+                _warn_once(f"slower than it need be: plain PyTorch computes, since {'; '.join(reasons)}")
+            return candidate, found
         except RuntimeError as reason:
             reasons.append(f"{candidate}: {reason}")
             logger.info("backend %s", reasons[-1])
     raise RuntimeError(f"no backend serves {dtype} on {device}: {'; '.join(reasons)}")
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def availability(device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:

@@ -104,6 +104,10 @@ def test_rerankers(folder, expected):
     assert [r.rank for r in results.top_k(2)] == [1, 2]
     assert -1 <= ranker.score(QUERY, DOCUMENTS[0]) <= 1
     assert asyncio.run(ranker.rank_async(QUERY, DOCUMENTS)).results_count() == 5
+    import rerankers
+
+    again = rerankers.Reranker(str(folder), model_type="lastrerank", verbose=0)
+    assert [r.score for r in again.rank(QUERY, DOCUMENTS)] == [r.score for r in results]
 
 
 def test_sentence_transformers(reranker, tmp_path):
