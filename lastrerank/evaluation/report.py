@@ -103,6 +103,10 @@ def pyplot() -> Any:
     return plt
 
 
+# Of orders beside each other; the first stage is grey.
+SHADES = ("#14507a", "#5b9bc4", "#d1495b", "#9cc3dc")
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """nDCG@10 by dataset: first stage and each order beside each other."""
     plt = pyplot()
@@ -113,12 +117,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for r, ranking in enumerate(rankings):
         own = {row["dataset"]: row["nDCG@10"] for row in rows if row["ranking"] == ranking}
         places = [d + (r - (len(rankings) - 1) / 2) * width for d in range(len(datasets))]
-        axes.bar(places, [own[d] for d in datasets], width, label=ranking, color=f"C{r}")
+        shade = "#b9c1c7" if ranking == "first stage" else SHADES[(r - 1) % len(SHADES)]
+        axes.bar(places, [own[d] for d in datasets], width, label=ranking, color=shade)
     axes.set_xticks(range(len(datasets)), datasets, rotation=15)
     axes.set_ylabel("nDCG@10")
     s = report["settings"]
     axes.set_title(f"{s['model']}, {s['first_stage']} top {s['top_k']}, {s['split']}", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

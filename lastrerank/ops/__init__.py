@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -249,7 +249,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Op
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
         return name, BACKENDS[name](device, dtype)
-    reasons = []
+    reasons: list[str] = []
     for candidate, factory in BACKENDS.items():
         try:
             found = factory(device, dtype)
@@ -262,7 +262,7 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Op
     raise RuntimeError(f"no backend serves {dtype} on {device}: {'; '.join(reasons)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
