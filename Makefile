@@ -27,7 +27,12 @@ bench: .venv/test
 
 .venv/test: .venv/demo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(TRITON)
 	touch $@
+
+# Triton is the one that PyTorch brings; its CPU build brings none, and the kernels' tests want one to interpret them.
+TRITON = case "$$(uname -sm)" in "Linux x86_64") $(BIN)/python -c 'import triton' 2>/dev/null || \
+	$(BIN)/python -m pip install --quiet triton==3.6.0;; esac
 
 # Everything that runs such a model on a CPU, in an environment of its own; about an hour on two cores.
 PEERS := .venv-bench/bin/python -m

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,19 @@ def test_importing_needs_little():
     # torch itself may import triton; what we may not do is import more than it did.
     alone = python("import sys, torch; print([m for m in ('triton',) if m in sys.modules])", ROOT)
     assert python(code, ROOT).replace(alone.strip().strip("[]"), "").strip().strip("[], ") == ""
+
+
+def test_a_cuda_build_of_torch_fits_beside_everything_declared():
+    """It brings a Triton of its own version (2.11: 3.6.0, 2.13: 3.7.1) and NVIDIA's libraries: nothing here may pin
+    one. `pip install '.[test]'` and `make test` could not be resolved there otherwise."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = text[text.index("[project.optional-dependencies]") : text.index("[project.urls]")]
+    required = text[text.index("dependencies = [") : text.index("[project.optional-dependencies]")]
+    declared = re.findall(r'"([\w.-]+)[^"]*"', required + extras)
+    constrained = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "pytest" in declared and "torch" in constrained  # the expressions find something
+    brought = re.compile(r"triton|pytorch-triton|nvidia|cuda")
+    assert [name for name in declared + constrained if brought.match(name)] == []
 
 
 def test_root_folders():
