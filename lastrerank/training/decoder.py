@@ -26,9 +26,10 @@ from lastrerank.stored import PROJECTOR, Tensors, read_json, weight_files
 from lastrerank.training.data import TrainingData
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
-# The projector that a start gets: linear at first, the two halves of its hidden channels are each other's negatives.
+# Channels of the projector that a start gets: linear at first, its hidden halves are each other's negatives.
 PROJECTED = 256
 CAPS = ("max_query_length", "max_doc_length")
+# Tokens of a list of a few short documents.
 LEAST_CONTEXT = 1024
 # Lists whose readouts are looked at.
 LISTS = 60
@@ -101,8 +102,6 @@ def listwise_start(
     raw |= {"architectures": ["JinaForRanking"], "num_hidden_layers": kept, "tie_word_embeddings": True}
     if raw.get("layer_types") is not None:
         raw["layer_types"] = raw["layer_types"][:kept]
-    for name in ("lm_head.weight", "score.weight"):
-        state.pop(name, None)
 
     missing = [token for token in (EMBED_TOKEN, RERANK_TOKEN) if tokenizer.token_to_id(token) is None]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in missing])
