@@ -15,8 +15,7 @@ __all__ = ["Family", "RerankRequest", "RerankResult", "Reranker", "__version__",
 # Found when first asked for: PyTorch takes a second to import, and a command line that prints its help needs none of
 # it.
 _WHERE = {
-    "Family": "families", "RerankRequest": "request",
-    "RerankResult": "request", "Reranker": "reranker",
+    "Family": "families", "RerankRequest": "request", "RerankResult": "request", "Reranker": "reranker",
     "accelerate": "integrations.transformers",
 }  # fmt: skip
 

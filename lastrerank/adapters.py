@@ -93,18 +93,7 @@ def read_adapter(folder: Path) -> Adapter:
     from safetensors.torch import load_file
 
     raw = read_json(folder / CONFIG)
-    for name, value in raw.items():
-        if name in _FIXED:
-            if value is not None and value != _FIXED[name]:
-                raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, expected {_FIXED[name]!r}")
-        elif name == "init_lora_weights":
-            if value not in _INITIAL:
-                raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, which changes the base's weights first")
-        elif name == "use_rslora":
-            if not isinstance(value, bool):
-                raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, expected true or false")
-        elif name not in _KNOWN and value is not None:
-            raise ValueError(f"{folder / CONFIG}: {name} is {value!r:.80}, a field that isn't known here")
+    _check_fields(folder / CONFIG, raw)
     base = raw.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ValueError(f"{folder / CONFIG}: base_model_name_or_path is {base!r:.80}, expected a folder or a Hub id")
@@ -152,7 +141,7 @@ def read_adapter(folder: Path) -> Adapter:
         own_alpha = _pattern(patterns["alpha_pattern"], module, alpha)
         if len(pair["A"]) != own_rank:
             raise ValueError(f"{folder / WEIGHTS}: {module} has rank {len(pair['A'])}, {CONFIG} says {own_rank:g}")
-        scale = own_alpha / (own_rank**0.5 if raw.get("use_rslora") is True else own_rank)
+        scale = own_alpha / (own_rank**0.5 if raw.get("use_rslora") else own_rank)
         updates[weight] = (scale, pair["B"], pair["A"])
     if not updates and not replaced:
         raise ValueError(f"{folder / WEIGHTS}: holds nothing")
@@ -194,6 +183,22 @@ def write_adapter(
         (target / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
     replace_folder(Path(os.path.realpath(folder)), write)
+
+
+def _check_fields(path: Path, raw: Mapping[str, Any]) -> None:
+    """Raises ValueError where a field asks for something that isn't computed here."""
+    for name, value in raw.items():
+        if name in _FIXED:
+            if value is not None and value != _FIXED[name]:
+                raise ValueError(f"{path}: {name} is {value!r:.80}, expected {_FIXED[name]!r}")
+        elif name == "init_lora_weights":
+            if value not in _INITIAL:
+                raise ValueError(f"{path}: {name} is {value!r:.80}, which changes the base's weights first")
+        elif name == "use_rslora":
+            if not isinstance(value, bool):
+                raise ValueError(f"{path}: {name} is {value!r:.80}, expected true or false")
+        elif name not in _KNOWN and value is not None:
+            raise ValueError(f"{path}: {name} is {value!r:.80}, a field that isn't known here")
 
 
 def _number(folder: Path, raw: Mapping[str, Any], name: str, least: float) -> float:

@@ -89,6 +89,9 @@ def rerank_file(
     """
     target = Path(output)
     kept = target.with_name(f"{target.name}.settings.json")
+    for name, path in (("output", target), ("trec", target if trec is None else Path(trec))):
+        if not path.resolve().parent.is_dir():
+            raise ValueError(f"{name} is {path}, whose folder isn't there")
     for one in requests:
         reranker.encoder.check(one.request, f"{one.where}.")
     if trec is not None:
@@ -123,8 +126,6 @@ def rerank_file(
 def _check_trec(requests: Sequence[BatchRequest], path: Path, others: Sequence[Path]) -> None:
     if path.resolve() in [other.resolve() for other in others]:
         raise ValueError(f"trec is {path}, which is an output already")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"trec is {path}, whose folder isn't there")
     seen: dict[str, str] = {}
     for one in requests:
         for name in (one.id, *one.names):

@@ -35,11 +35,11 @@ from lastrerank.stored import (
     PROJECTOR,
     Tensors,
     canonical,
+    checkpoint_files,
     expected_tensors,
     read_bytes,
     read_json,
-    weight_files,
-)  # fmt: skip
+)
 
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
@@ -74,8 +74,8 @@ class Checkpoint:
     tokenizer: Tokenizer
     tokenizer_config: Mapping[str, Any]
     files: tuple[FileState, ...]
-    adapter: Adapter | None = None
-    base: str = ""
+    adapter: Adapter | None
+    base: str
 
     def weights(
         self, device: torch.device, dtype: torch.dtype, prepare: Prepare | None = None
@@ -192,12 +192,7 @@ def open_checkpoint(
         before = [FileState.of(folder / n) for n in (adapters.CONFIG, adapters.WEIGHTS) if (folder / n).exists()]
         adapter = adapters.read_adapter(folder)
         base, folder = resolve(adapter.base, adapter.revision)
-    _refuse_adapter_beside(folder)
-    raw = read_json(folder / "config.json")
-    path = folder / "tokenizer_config.json"
-    tokenizer_config = read_json(path) if path.exists() else {}
-    config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
-    tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config)
+    raw, config, tokenizer, tokenizer_config = _small_files(folder)
     if family is None:
 
         def has_projector() -> bool:
@@ -205,17 +200,22 @@ def open_checkpoint(
                 return any(PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
         family = recognise(base, folder, raw, has_projector, read_json)
-    small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
-    files = (*(FileState.of(path) for path in (*small, *weight_files(folder)[0])), *before)
+    files = (*(FileState.of(path) for path in checkpoint_files(folder)), *before)
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter, base)
 
 
-def _refuse_adapter_beside(folder: Path) -> None:
+def _small_files(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer, dict[str, Any]]:
+    """`config.json` as it is and read, the tokenizer, and `tokenizer_config.json`, of a folder with a checkpoint."""
     if (folder / adapters.CONFIG).exists():
         raise ValueError(
             f"{folder}: {adapters.CONFIG} is there beside a checkpoint: whether it is merged already isn't said; keep "
             "adapter and base apart"
         )
+    raw = read_json(folder / "config.json")
+    path = folder / "tokenizer_config.json"
+    tokenizer_config = read_json(path) if path.exists() else {}
+    config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
+    return raw, config, _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config), tokenizer_config
 
 
 @dataclass(frozen=True)
@@ -235,31 +235,14 @@ def open_decoder(id_or_path: str | os.PathLike[str], revision: str | None = None
         ValueError: a file is missing or malformed, or a tensor is missing, unknown or misshapen.
     """
     _, folder = resolve(id_or_path, revision)
-    _refuse_adapter_beside(folder)
-    raw = read_json(folder / "config.json")
-    path = folder / "tokenizer_config.json"
-    tokenizer_config = read_json(path) if path.exists() else {}
-    config = ModelConfig.from_dict(raw, tokenizer_config.get("model_max_length"))
-    tokenizer = _tokenizer(folder / "tokenizer.json", config.vocab_size, tokenizer_config)
+    raw, config, tokenizer, tokenizer_config = _small_files(folder)
     if config.quantised:
         raise ValueError(f"{folder}: its weights are int8: training starts from what they were quantised from")
     with Tensors(folder) as tensors:
-        stored: dict[str, str] = {}
-        for name in tensors.names():
-            if canonical(name) in stored:
-                raise ValueError(f"{folder}: {canonical(name)} is there twice")
-            if not IGNORED.fullmatch(name):
-                stored[canonical(name)] = name
+        stored = _stored_names(tensors)
+        stored.pop(_LM_HEAD, None)  # never used
         expected, _ = expected_tensors(config)
-        unknown = sorted(stored.keys() - expected.keys() - {_LM_HEAD})
-        if unknown:
-            raise ValueError(f"{folder}: {len(unknown)} tensors are unknown, the first: {', '.join(unknown[:3])}")
-        for name, shape in expected.items():
-            if name not in stored:
-                raise ValueError(f"{folder}: {name} is missing")
-            if tensors.shape(stored[name]) != shape or tensors.kind(stored[name]) not in NUMBERS:
-                found = f"{tensors.kind(stored[name])} {tensors.shape(stored[name])}"
-                raise ValueError(f"{folder}: {name} is {found}, expected numbers of shape {shape} from config.json")
+        _check_stored(tensors, stored, expected, dict.fromkeys(expected, NUMBERS))
         state = {name: tensors.read(stored[name]) for name in expected}
     for name, tensor in state.items():
         _check_finite(name, tensor)
@@ -414,12 +397,7 @@ def _account(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, str]:
     Raises:
         ValueError: one isn't; the message names it.
     """
-    config, stored = checkpoint.config, dict[str, str]()
-    for name in tensors.names():
-        if not IGNORED.fullmatch(name):
-            if canonical(name) in stored:
-                raise ValueError(f"{canonical(name)} is there twice, as {stored[canonical(name)]} and as {name}")
-            stored[canonical(name)] = name
+    config, stored = checkpoint.config, _stored_names(tensors)
     expected, linears = expected_tensors(config)
     if isinstance(checkpoint.family.readout, Cosine):
         stored.pop(_LM_HEAD, None)  # never used
@@ -434,6 +412,36 @@ def _account(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, str]:
                 count = tensors.shape(stored[f"{name}_outlier"])[:1]
                 expected[f"{name}_outlier"], kinds[f"{name}_outlier"] = count, ("F32",)
                 expected[f"{name}_outlier_index"], kinds[f"{name}_outlier_index"] = (*count, 2), ("I32",)
+    _check_stored(tensors, stored, expected, kinds)
+    for name in linears if config.quantised else ():
+        scales = tensors.read(stored[f"{name}_scale"])
+        if not ((scales > 0) & scales.isfinite()).all():
+            raise ValueError(f"{name}_scale is not positive and finite everywhere")
+    return stored
+
+
+def _stored_names(tensors: Tensors) -> dict[str, str]:
+    """Stored names by canonical name.
+
+    Raises:
+        ValueError: one is there twice.
+    """
+    stored: dict[str, str] = {}
+    for name in tensors.names():
+        if not IGNORED.fullmatch(name):
+            if canonical(name) in stored:
+                raise ValueError(f"{canonical(name)} is there twice, as {stored[canonical(name)]} and as {name}")
+            stored[canonical(name)] = name
+    return stored
+
+
+def _check_stored(
+    tensors: Tensors,
+    stored: Mapping[str, str],
+    expected: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, tuple[str, ...]],
+) -> None:
+    """Raises ValueError where a tensor is missing, unknown, or of another shape or kind than expected."""
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing:
         raise ValueError(f"{len(missing)} tensors are missing, the first: {', '.join(missing[:3])}")
@@ -443,15 +451,10 @@ def _account(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, str]:
         if tensors.shape(stored[name]) != shape:
             raise ValueError(f"{name} has shape {tensors.shape(stored[name])}, expected {shape} from config.json")
         if tensors.kind(stored[name]) not in kinds[name]:
-            hint = "" if config.quantised else ": quantised weights need a quantization_config that is known"
+            hint = ": quantised weights need a quantization_config that is known" if kinds[name] == NUMBERS else ""
             raise ValueError(
                 f"{name} is stored as {tensors.kind(stored[name])}, expected {' or '.join(kinds[name])}{hint}"
             )
-    for name in linears if config.quantised else ():
-        scales = tensors.read(stored[f"{name}_scale"])
-        if not ((scales > 0) & scales.isfinite()).all():
-            raise ValueError(f"{name}_scale is not positive and finite everywhere")
-    return stored
 
 
 def _projector_shapes(

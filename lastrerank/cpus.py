@@ -27,8 +27,8 @@ def _groups(root: Path, own: Path) -> list[Path]:
     except OSError:
         return list(found)
     for line in lines:
-        _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "", "")
-        base = root if not controllers else root / controllers
+        _, controllers, path = line.split(":", 2)  # version 2 has no controllers
+        base = root / controllers
         while path.strip("/"):
             found.add(base / path.strip("/"))
             path = path.rpartition("/")[0]

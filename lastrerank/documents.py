@@ -55,9 +55,8 @@ def json_lines_of(path: Path) -> Iterator[tuple[str, Any]]:
     """
     data = sys.stdin.buffer.read() if str(path) == "-" else _unpacked(path)[0]
     source = "stdin" if str(path) == "-" else str(path)
-    for number, line in enumerate(_decoded(data, source).split("\n"), 1):
-        if line.strip():
-            yield f"{source}:{number}", _json(line, f"{source}:{number}")
+    for where, line in _numbered(_decoded(data, source), source):
+        yield where, _json(line, where)
 
 
 def _unpacked(path: Path) -> tuple[bytes, str]:
@@ -119,12 +118,15 @@ def _decoded(data: bytes, source: str) -> str:
         raise ValueError(f"{source}: no UTF-8 at byte {error.start}: convert it first (iconv -t UTF-8)") from error
 
 
-def _lines(text: str, source: str, json_only: bool) -> Iterator[tuple[str, Any]]:
+def _numbered(text: str, source: str) -> Iterator[tuple[str, str]]:
+    """Lines that aren't empty, and where they stand."""
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
-        if not line:
-            continue
-        where = f"{source}:{number}"
+        if line := line.removesuffix("\r"):
+            yield f"{source}:{number}", line
+
+
+def _lines(text: str, source: str, json_only: bool) -> Iterator[tuple[str, Any]]:
+    for where, line in _numbered(text, source):
         value: Any = line
         if json_only or line.startswith(("{", '"')):
             try:

@@ -46,6 +46,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
+    """A regular file of at most `most` bytes.
+
+    Raises:
+        ValueError: it is missing, no regular file, too large, or can't be read; the message names it.
+    """
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
@@ -57,6 +62,16 @@ def read_bytes(path: Path, most: int) -> bytes:
         raise ValueError(f"{path.parent}: {path.name} is missing") from error
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Those of a folder that decide what its checkpoint computes.
+
+    Raises:
+        ValueError: there are no weights, or not all.
+    """
+    small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    return [*(path for path in small if path.exists()), *weight_files(folder)[0]]
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -176,6 +191,7 @@ def expected_tensors(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], s
 
 
 def canonical(name: str) -> str:
+    """A tensor's name as the published package has it: of ports, of a bare decoder, or that name itself."""
     projector = PROJECTOR.fullmatch(name)
     if projector:
         return f"projector.{ {'linear1': '0', 'linear2': '2'}.get(projector[1], projector[1]) }.weight"

@@ -135,6 +135,8 @@ def test_files_that_are_not_ours_are_not_touched(folder, tmp_path):
     for trec in (tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json", source, tmp_path / "no" / "folder.run"):
         refused = run(folder, "--requests", source, "--output", tmp_path / "out.jsonl", "--trec", trec)
         assert refused.exit_code == 2 and "trec is" in refused.output, refused.output
+    refused = run(folder, "--requests", source, "--output", tmp_path / "no" / "out.jsonl")
+    assert refused.exit_code == 2 and "output is" in refused.output, refused.output
     assert {path: path.read_bytes() for path in (source, other)} == before and not (tmp_path / "out.jsonl").exists()
 
 

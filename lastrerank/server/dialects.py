@@ -80,7 +80,7 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     truncate: Flag = None
     truncation_direction: str | None = None
     rank_fields: list[str] | None = None
-    raw_scores: Flag | UnsetType = UNSET
+    raw_scores: Flag = None
     max_chunks_per_doc: Count = None
     activation: Flag = None
     use_activation: Flag = None
@@ -164,7 +164,7 @@ def read_rerank(
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
     back = _flag(body, "return_text" if tei else "return_documents")
     back = (False if tei else documents_back) if back is None else back
-    infinity = is_infinity or (not tei and isinstance(body.raw_scores, (bool, str)))
+    infinity = is_infinity or (not tei and body.raw_scores is not None)
     embeddings = bool(_flag(body, "return_embeddings"))
     bounds = [cap for cap in (_count(body, "max_tokens_per_doc"), _prompt_cap(body)) if cap is not None]
     caps = [_count(body, "max_doc_length"), *(cap for cap in bounds if cap < doc_cap)]
@@ -375,8 +375,8 @@ def _flag(body: Struct, name: str) -> bool | None:
     value = getattr(body, name)
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if value is None or value is UNSET or isinstance(value, bool):
-        return None if value is UNSET else value
+    if value is None or isinstance(value, bool):
+        return value
     raise BodyError(422, f"{name} is {value!r:.40}, expected true or false", name)
 
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from lastrerank.families.listwise import PROMPT
-from lastrerank.training.data import TrainingData, json_lines, read_training_data
-from lastrerank.training.mining import Pair, mine_lists
+from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
+from lastrerank.training.mining import Pair, mine_lists, sample_pairs, sample_texts
 from lastrerank.training.run import train
 from lastrerank.training.start import initial_checkpoint, restore_counting
 from lastrerank.training.tokenizer import train_tokenizer
@@ -58,45 +56,15 @@ RECIPE = TrainingConfig(
 
 def bundled_tokenizer(documents: Sequence[str], pairs: Sequence[dict[str, Any]], seed: int = 0) -> Tokenizer:
     """A BPE of `VOCABULARY` tokens, from at most 4 MB of English, 1.6 MB of every other language, and the prompt."""
-    language: dict[int, str] = {}
-    queries: dict[str, list[str]] = defaultdict(list)
-    for pair in pairs:
-        spoken = pair["lang"].split(">")
-        language[pair["positive"]] = spoken[-1]
-        queries[spoken[0]].append(pair["query"])
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for index, text in enumerate(documents):
-        grouped[language.get(index, "en")].append(text)
-    rng, texts = random.Random(seed), []
-    for name, group in grouped.items():
-        rng.shuffle(group)
-        size, most = 0, 4_000_000 if name == "en" else 1_600_000
-        for text in group:
-            texts.append(text)
-            size += len(text.encode())
-            if size > most:
-                break
-    for group in queries.values():
-        rng.shuffle(group)
-        texts += group[:3000]
+    texts = sample_texts(documents, pairs, seed)
     texts += [PROMPT.opening, PROMPT.passage, PROMPT.instruction, PROMPT.closing] * 500
     return train_tokenizer(texts, VOCABULARY)
 
 
 def taught_lists(data: Path, output: Path, teacher: Teacher, seed: int = 0) -> Path:
     """Lists of BM25's negatives of the same pool, the teacher's centred embeddings, and logits of both."""
-    documents = [row["text"] for _, row in json_lines(data, "documents")]
-    rows = [row for _, row in json_lines(data, "pairs") if len(row["query"]) > 2]
-    rng, chosen = random.Random(seed), []
-    for (source, language), count in SAMPLE.items():
-        named = {own for own_source, own in SAMPLE if own_source == source and own is not None}
-        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in rows:
-            if row["source"] == source and (row["lang"] == language or (language is None and row["lang"] not in named)):
-                groups[row["lang"]].append(row)
-        for group in groups.values():
-            chosen += rng.sample(group, min(count, len(group)))
-    pairs = [Pair(row["query"], row["positive"], f"{row['source']}/{row['lang']}") for row in chosen]
+    documents, rows = read_pairs(data)
+    pairs = sample_pairs(rows, SAMPLE, seed)
     vectors = _embedded(teacher, [text[:480] for text in documents])
     queries = sorted({pair.query for pair in pairs})
     of_query = dict(zip(queries, _embedded(teacher, [query[:200] for query in queries]), strict=True))
@@ -107,13 +75,7 @@ def taught_lists(data: Path, output: Path, teacher: Teacher, seed: int = 0) -> P
     lists = mine_lists(
         documents, pairs, skip_near=lambda a, b: float(vectors[a] @ vectors[b]) > 0.95, teacher=logits
     )
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "lists.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in lists)
-    with (output / "documents.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(
-            json.dumps({"id": i, "text": text[:2000]}, ensure_ascii=False) + "\n" for i, text in enumerate(documents)
-        )
+    write_lists(output, (text[:2000] for text in documents), lists)
     mean = vectors.mean(0)
     for name, found in (("document", vectors), ("query", np.stack([of_query[row["query"]] for row in lists]))):
         centred = found - mean
@@ -159,9 +121,7 @@ def main() -> None:
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "tokenizer.json").is_file():
-        documents = [row["text"] for _, row in json_lines(options.data, "documents")]
-        pairs = [row for _, row in json_lines(options.data, "pairs")]
-        bundled_tokenizer(documents, pairs).save(str(output / "tokenizer.json"))
+        bundled_tokenizer(*read_pairs(options.data)).save(str(output / "tokenizer.json"))
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
     if not (output / "lists" / "query_vectors.npy").is_file():
         taught_lists(options.data, output / "lists", teacher.encode)

@@ -8,9 +8,10 @@ a line: `document_vectors.npy` and `query_vectors.npy`.
 
 from __future__ import annotations
 
+import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lastrerank.evaluation.beir import json_lines
+from lastrerank.kept import write_records
 
 
 @dataclass(frozen=True)
@@ -168,3 +170,33 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
         if teacher is not None and len(teacher) != len(negatives) + 1:
             raise ValueError(f"{where}: teacher has {len(teacher)} logits for {len(negatives) + 1} documents")
     return TrainingData(documents, rows, weights, loaded.get("document"))
+
+
+def read_pairs(folder: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """`documents.jsonl[.gz]` as texts, and the rows of `pairs.jsonl[.gz]`, their `positive` a position among them.
+
+    Raises:
+        ValueError: a file is missing, a line is malformed, or names no known document; the message names file and line.
+    """
+    documents: list[str] = []
+    numbers: dict[Any, int] = {}
+    for where, row in json_lines(Path(folder), "documents"):
+        if "id" not in row or not isinstance(row.get("text"), str):
+            raise ValueError(f"{where}: expected 'id' and 'text'")
+        numbers[row["id"]] = len(documents)
+        documents.append(row["text"])
+    rows = []
+    for where, row in json_lines(Path(folder), "pairs"):
+        if row.get("positive") not in numbers or not row.get("query"):
+            raise ValueError(f"{where}: expected a query and the id of a known document as positive")
+        rows.append(row | {"positive": numbers[row["positive"]]})
+    return documents, rows
+
+
+def write_lists(folder: str | os.PathLike[str], documents: Iterable[str], lists: Iterable[dict[str, Any]]) -> Path:
+    """What `read_training_data` reads, documents by position; the documents come last, so with them it is whole."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    write_records(target / "lists.jsonl", lists)
+    write_records(target / "documents.jsonl", ({"id": i, "text": text} for i, text in enumerate(documents)))
+    return target

@@ -22,7 +22,7 @@ from lastrerank.families import FAMILIES, SENTENCE_TRANSFORMERS
 from lastrerank.families.family import repository_name
 from lastrerank.kept import digest
 from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, V3_CAPS
-from lastrerank.stored import PROJECTOR, Tensors, read_json, weight_files
+from lastrerank.stored import PROJECTOR, Tensors, checkpoint_files, read_json
 from lastrerank.training.data import TrainingData
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
@@ -58,18 +58,16 @@ def is_decoder(id_or_path: str | os.PathLike[str]) -> bool:
         return not any(PROJECTOR.fullmatch(name) for name in tensors.names())
 
 
-def check_layers(id_or_path: str | os.PathLike[str], layers: int | None) -> None:
-    """Raises ValueError where a decoder hasn't as many layers."""
-    count = read_json(resolve(id_or_path)[1] / "config.json")["num_hidden_layers"]
+def check_layers(folder: str | os.PathLike[str], layers: int | None) -> None:
+    """Raises ValueError where the decoder in a folder hasn't as many layers."""
+    count = read_json(Path(folder) / "config.json")["num_hidden_layers"]
     if layers is not None and not 0 < layers <= count:
-        raise ValueError(f"layers is {layers}, expected 1 to {count}: {id_or_path} has as many")
+        raise ValueError(f"layers is {layers}, expected 1 to {count}: {folder} has as many")
 
 
-def decoder_digest(id_or_path: str | os.PathLike[str], layers: int | None) -> str:
-    """Of everything that decides what `listwise_start` makes of a decoder."""
-    _, folder = resolve(id_or_path)
-    small = [folder / n for n in ("config.json", "tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
-    return digest(layers, *(part for path in (*small, *weight_files(folder)[0]) for part in (path.name, path)))
+def decoder_digest(folder: str | os.PathLike[str], layers: int | None) -> str:
+    """SHA-256 of everything that decides what `listwise_start` makes of the decoder in a folder."""
+    return digest(layers, *(part for path in checkpoint_files(Path(folder)) for part in (path.name, path)))
 
 
 def listwise_start(
@@ -83,7 +81,7 @@ def listwise_start(
     """Write a listwise checkpoint that computes what the first layers of a decoder compute.
 
     Args:
-        decoder: folder or Hub id of a decoder without a projector, safetensors, `tokenizer.json` beside it.
+        decoder: folder of a decoder without a projector, safetensors, `tokenizer.json` beside it.
         output: folder of the checkpoint.
         data: the lists of which `LISTS` are looked at, as `config` draws them.
         layers: as many are kept; None keeps all.
@@ -91,12 +89,12 @@ def listwise_start(
     Raises:
         ValueError: it is no such decoder, or has fewer layers.
     """
-    found = open_decoder(decoder)
-    raw, tokenizer, state = dict(found.raw_config), found.tokenizer, dict(found.state)
     check_layers(decoder, layers)
+    found = open_decoder(decoder)
+    raw, tokenizer = dict(found.raw_config), found.tokenizer
     kept = raw["num_hidden_layers"] if layers is None else layers
     state = {
-        name: tensor for name, tensor in state.items()
+        name: tensor for name, tensor in found.state.items()
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < kept
     }  # fmt: skip
     raw |= {"architectures": ["JinaForRanking"], "num_hidden_layers": kept, "tie_word_embeddings": True}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,56 @@ class Pair:
     query: str
     positive: int
     pool: str
+
+
+def sample_pairs(
+    rows: Sequence[Mapping[str, Any]], sample: Mapping[tuple[str, str | None], int], seed: int = 0
+) -> list[Pair]:
+    """A seeded sample of rows of `read_pairs`, each in the pool of its source and language.
+
+    Args:
+        sample: pairs by source and language; None stands for every language of the source that isn't named, each.
+    """
+    rng, chosen = random.Random(seed), []
+    for (source, language), count in sample.items():
+        named = {own for own_source, own in sample if own_source == source and own is not None}
+        groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+        for row in rows:
+            wanted = row["lang"] == language or (language is None and row["lang"] not in named)
+            if row["source"] == source and wanted and len(row["query"]) > 2:
+                groups[row["lang"]].append(row)
+        for group in groups.values():
+            chosen += rng.sample(group, min(count, len(group)))
+    return [Pair(row["query"], row["positive"], f"{row['source']}/{row['lang']}") for row in chosen]
+
+
+def sample_texts(documents: Sequence[str], rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[str]:
+    """Texts for a vocabulary: at most 4 MB of English documents, 1.6 MB of every other language, 3,000 queries of each.
+
+    rows: of `read_pairs`; `lang` is a language, or that of a query and of its document, `xx>yy`.
+    """
+    language: dict[int, str] = {}
+    queries: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        spoken = row["lang"].split(">")
+        language[row["positive"]] = spoken[-1]
+        queries[spoken[0]].append(row["query"])
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for index, text in enumerate(documents):
+        grouped[language.get(index, "en")].append(text)
+    rng, texts = random.Random(seed), []
+    for name, group in grouped.items():
+        rng.shuffle(group)
+        size, most = 0, 4_000_000 if name == "en" else 1_600_000
+        for text in group:
+            texts.append(text)
+            size += len(text.encode())
+            if size > most:
+                break
+    for group in queries.values():
+        rng.shuffle(group)
+        texts += group[:3000]
+    return texts
 
 
 def mine_lists(

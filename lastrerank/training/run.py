@@ -17,13 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lastrerank.checkpoint import open_checkpoint
-from lastrerank.evaluation.beir import BeirDataset, json_lines, read_beir
+from lastrerank.checkpoint import open_checkpoint, resolve
+from lastrerank.evaluation.beir import BeirDataset, read_beir
 from lastrerank.evaluation.run import Ranking, bm25_candidates, evaluate_ranking, ordered
 from lastrerank.kept import digest, locked, read_records, write_file, write_records
 from lastrerank.progress import Progress
 from lastrerank.reranker import Reranker
-from lastrerank.training.data import read_training_data
+from lastrerank.training.data import read_pairs, read_training_data, write_lists
 from lastrerank.training.decoder import check_layers, decoder_digest, is_decoder, listwise_start
 from lastrerank.training.mining import Pair, mine_lists, rank_negatives
 from lastrerank.training.trainer import Trainer, TrainingConfig
@@ -94,12 +94,13 @@ def _train(
     progress: bool | None,
 ) -> dict[str, Any]:
     plain = is_decoder(start)
-    if layers is not None and not plain:
+    if plain:
+        start = resolve(start)[1]  # once: a Hub id is asked for over the network
+        check_layers(start, layers)
+    elif layers is not None:
         raise ValueError(f"layers is {layers}: {start} is no plain decoder, all of its layers are trained")
     begin = None if plain else open_checkpoint(start)
     sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
-    if plain:
-        check_layers(start, layers)
     # What the weights at a step depend on, beside the recipe.
     identity: dict[str, Any] = {
         "start": decoder_digest(start, layers) if begin is None else begin.digest(),
@@ -218,29 +219,18 @@ def mine_folder(
     Raises:
         ValueError: a file is missing or malformed.
     """
-    documents: list[str] = []
-    numbers: dict[Any, int] = {}
-    for _, row in json_lines(Path(pairs), "documents"):
-        numbers[row["id"]] = len(documents)
-        documents.append(row["text"])
-    known: list[Pair] = []
-    for where, row in json_lines(Path(pairs), "pairs"):
-        if row.get("positive") not in numbers or not row.get("query"):
-            raise ValueError(f"{where}: expected a query and the id of a known document as positive")
-        pool = row.get("pool") or "/".join(filter(None, (row.get("source"), row.get("lang")))) or "all"
-        known.append(Pair(row["query"], numbers[row["positive"]], pool))
+    documents, rows = read_pairs(pairs)
+    known = [
+        Pair(row["query"], row["positive"],
+             row.get("pool") or "/".join(filter(None, (row.get("source"), row.get("lang")))) or "all")
+        for row in rows
+    ]  # fmt: skip
     if limit is not None and limit < len(known):
         known = random.Random(seed).sample(known, limit)
-    rows = mine_lists(documents, known, depth=depth if model is None else 2 * depth, progress=progress)
+    lists = mine_lists(documents, known, depth=depth if model is None else 2 * depth, progress=progress)
     if model is not None:
-        rows = rank_negatives(model, documents, rows, depth, progress=progress)
-    target = Path(output)
-    target.mkdir(parents=True, exist_ok=True)
-    with (target / "documents.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps({"id": i, "text": t}, ensure_ascii=False) + "\n" for i, t in enumerate(documents))
-    with (target / "lists.jsonl").open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return target
+        lists = rank_negatives(model, documents, lists, depth, progress=progress)
+    return write_lists(output, documents, lists)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +28,9 @@ from tokenizers import Tokenizer
 from lastrerank import saving
 from lastrerank.checkpoint import open_decoder
 from lastrerank.families.listwise import PROMPT
-from lastrerank.kept import write_records
-from lastrerank.training.data import TrainingData, json_lines, read_training_data
+from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
 from lastrerank.training.gguf import decoder_from_gguf
-from lastrerank.training.mining import Pair, mine_lists
+from lastrerank.training.mining import Pair, mine_lists, sample_pairs, sample_texts
 from lastrerank.training.run import train
 from lastrerank.training.trainer import TrainingConfig
 from lastrerank.training.vocabulary import fitted
@@ -56,32 +53,6 @@ RECIPE = TrainingConfig(
     query_tokens=48, learning_rate=1.2e-4, embedding_rate=1.0, warmup=0.003, weight_decay=0.01,
     temperature=(0.15, 0.15), rank=0.5, disperse=0.0, dual=0.0, similar=0.0, distill=1.0, average=0.98, constant=True,
 )  # fmt: skip
-
-
-def sample_texts(data: Path, seed: int = 0) -> list[str]:
-    """At most 4 MB of English documents, 1.6 MB of every other language, 3,000 queries of each."""
-    language: dict[Any, str] = {}
-    queries: dict[str, list[str]] = defaultdict(list)
-    for _, pair in json_lines(data, "pairs"):
-        spoken = pair["lang"].split(">")
-        language[pair["positive"]] = spoken[-1]
-        queries[spoken[0]].append(pair["query"])
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for _, row in json_lines(data, "documents"):
-        grouped[language.get(row["id"], "en")].append(row["text"])
-    rng, texts = random.Random(seed), []
-    for name, group in grouped.items():
-        rng.shuffle(group)
-        size, most = 0, 4_000_000 if name == "en" else 1_600_000
-        for text in group:
-            texts.append(text)
-            size += len(text.encode())
-            if size > most:
-                break
-    for group in queries.values():
-        rng.shuffle(group)
-        texts += group[:3000]
-    return texts
 
 
 def fit_decoder(decoder: Path, output: Path, texts: Sequence[str], teacher: Teacher, keep: int, add: int) -> Path:
@@ -126,36 +97,12 @@ def _by_meaning(
 
 def fused_lists(data: Path, output: Path, seed: int = 0) -> Path:
     """Lists of BM25's negatives of the same pool, with logits of BM25 and the label."""
-    documents: list[str] = []
-    place: dict[Any, int] = {}
-    for _, row in json_lines(data, "documents"):
-        place[row["id"]] = len(documents)
-        documents.append(row["text"])
-    rows: list[dict[str, Any]] = []
-    for where, row in json_lines(data, "pairs"):
-        if row["positive"] not in place:
-            raise ValueError(f"{where}: positive is {row['positive']!r:.40}, no document's id")
-        if len(row["query"]) > 2:
-            rows.append(row | {"positive": place[row["positive"]]})
-    rng, chosen = random.Random(seed), []
-    for (source, language), count in SAMPLE.items():
-        named = {own for own_source, own in SAMPLE if own_source == source and own is not None}
-        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for row in rows:
-            if row["source"] == source and (row["lang"] == language or (language is None and row["lang"] not in named)):
-                groups[row["lang"]].append(row)
-        for group in groups.values():
-            chosen += rng.sample(group, min(count, len(group)))
-    pairs = [Pair(row["query"], row["positive"], f"{row['source']}/{row['lang']}") for row in chosen]
+    documents, rows = read_pairs(data)
 
     def logits(pair: Pair, ids: Sequence[int], bm25: Sequence[float]) -> Sequence[float]:
         return [BM25_LOGIT * share + LABEL_LOGIT * (i == pair.positive) for i, share in zip(ids, bm25, strict=True)]
 
-    lists = mine_lists(documents, pairs, teacher=logits)
-    output.mkdir(parents=True, exist_ok=True)
-    write_records(output / "lists.jsonl", lists)
-    write_records(output / "documents.jsonl", ({"id": i, "text": text} for i, text in enumerate(documents)))
-    return output
+    return write_lists(output, documents, mine_lists(documents, sample_pairs(rows, SAMPLE, seed), teacher=logits))
 
 
 def pool_weights(data: TrainingData) -> dict[str, float]:
@@ -190,7 +137,8 @@ def main() -> None:
         file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
         teacher = USE(threads=torch.get_num_threads()).encode
         decoder = decoder_from_gguf(file, output / "decoder")
-        fit_decoder(decoder, output / "fitted", sample_texts(options.data), teacher, KEPT_TOKENS, NEW_TOKENS)
+        texts = sample_texts(*read_pairs(options.data))
+        fit_decoder(decoder, output / "fitted", texts, teacher, KEPT_TOKENS, NEW_TOKENS)
     data = read_training_data(output / "lists")
     result = train(
         output / "fitted", output / "lists", output / "training", replace(RECIPE, steps=options.steps),
