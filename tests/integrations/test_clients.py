@@ -390,9 +390,10 @@ def table():
 _INTRODUCTION = """# Clients
 
 Every client here with a version was pointed at a running `lastrerank serve`, unchanged but for the address, and ranked
-as `Reranker.rerank` does, with its scores. Two classes have no argument for an address: LangChain's JinaRerank (a constant
-of its module was set) and LlamaIndex's VoyageAIRerank (its client was replaced). Of the programs without a version the
-requests were made as their source makes them, and the answers read as it does. The table is made by `make test-clients`.
+as `Reranker.rerank` does, with its scores. Two classes have no argument for an address: LangChain's JinaRerank (a
+constant of its module was set) and LlamaIndex's VoyageAIRerank (its client was replaced). Of the programs without a
+version the requests were made as their source makes them, and the answers read as it does. `make test-clients` makes
+the table.
 
 """
 
