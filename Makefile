@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-clients test-browser test-load docs dist clean
+.PHONY: demo test test-emulated lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-clients test-browser test-load docs dist clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
 
 test: .venv/test
 	$(BIN)/python -m pytest
+
+# The kernels' compiled code for two chips, executed by the tests' emulator; half an hour on a core.
+test-emulated: .venv/test
+	LASTRERANK_EMULATE=sm_90 $(BIN)/python -m pytest tests/test_triton_kernels.py
+	LASTRERANK_EMULATE=sm_80 $(BIN)/python -m pytest tests/test_triton_kernels.py -k "not float8 and not quantized"
 
 lint: .venv/test
 	$(BIN)/ruff check .

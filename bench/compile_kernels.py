@@ -34,17 +34,23 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Per chip, from the vendors' tuning guides: shared memory of a block and of a multiprocessor in bytes, registers of a
 # multiprocessor, its warps (for AMD: of a compute unit, whose 4 SIMDs hold 512 registers a lane and 8 waves each).
-SHARED_OF_A_BLOCK = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-SHARED_OF_A_CHIP = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "gfx942": 65_536}
-_FLOAT8 = ("sm_90", "sm_100")  # of those here, the chips that multiply e4m3 as PyTorch stores it
+_AMPERE, _CONSUMER, _HOPPER, _CDNA = (166_912, 167_936), (101_376, 102_400), (232_448, 233_472), (65_536, 65_536)
+SHARED = {"sm_80": _AMPERE, "sm_86": _CONSUMER, "sm_89": _CONSUMER, "sm_90": _HOPPER, "sm_100": _HOPPER,
+          "sm_103": _HOPPER, "sm_120": _CONSUMER, "gfx942": _CDNA}  # fmt: skip
+# Of those here, the chips that multiply e4m3 as PyTorch stores it.
+_FLOAT8 = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 REGISTERS, WARPS = {"cuda": 65_536, "hip": 131_072}, {"cuda": 64, "hip": 32}
 
 
-class _CompilingDriver:
+class CompilingDriver:
     """Stands where the GPU's driver stands, and knows only what chip it would be."""
 
     def __init__(self, target: GPUTarget) -> None:
@@ -72,7 +78,7 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Any]]:
         return kernel
 
     JITFunction.run = run
-    driver.set_active(_CompilingDriver(target))
+    driver.set_active(CompilingDriver(target))
     try:
         yield compiled
     finally:
@@ -170,7 +176,7 @@ def describe(chip: str, kernel: Any) -> dict[str, Any]:
         WARPS[target.backend] // metadata.num_warps,
     ]
     if metadata.shared:
-        blocks.append(SHARED_OF_A_CHIP[chip] // (metadata.shared + 1024 * (target.backend == "cuda")))
+        blocks.append(SHARED[chip][1] // (metadata.shared + 1024 * (target.backend == "cuda")))
     return {
         "chip": chip, "kernel": metadata.name, "warps": metadata.num_warps, "stages": metadata.num_stages,
         "registers": registers, "spilled_bytes": spilled, "shared_bytes": metadata.shared,

@@ -9,6 +9,10 @@ keys and values are read once for the group. Logits, softmax and accumulator in 
 scale), probabilities rounded to v's dtype. A program belongs to one sequence, and its tiles depend on model constants
 and on whether a sequence of the pass continues another one: neighbours can't change a result otherwise. Output may be
 written over q.
+
+Work is a list of (sequence, tile of its rows), heaviest first over all sequences (`tiles_of`), a program for each and
+KV head, heads fastest: the last programs to start are the shortest, and none is without work but those a static bound
+adds.
 """
 
 from __future__ import annotations
@@ -16,38 +20,89 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-# (BLOCK_M = positions * group, BLOCK_N = keys, warps, stages), each the largest that spills nothing on its chip by
-# `python -m bench.compile_kernels`. Hopper and data-centre Blackwell feed their matrix units from shared memory;
-# elsewhere operands live in registers, so key tiles are half as tall. fp32 has no exact matrix unit.
+# (BLOCK_M = positions * group, BLOCK_N = keys of a tile, warps, stages, tiles of a step: two where the matrix unit
+# works beside the others), each the largest that spills nothing on its chip by `python -m bench.compile_kernels`.
+# Hopper and data-centre Blackwell feed their matrix units from shared memory; elsewhere operands live in registers, so
+# key tiles are half as tall. fp32 has no exact matrix unit.
 _HEAD_DIMS = (64, 128)
-_FP32_TILE = (32, 32, 8, 1)
-_TILES = {"sm_90": (128, 64, 8, 3), "sm_100": (128, 64, 8, 2), "hip": (128, 64, 8, 2), "other": (128, 32, 8, 3)}
-# Where the kernel of sequences that continue others needs another one.
-_CONTINUED_TILES = {"sm_100": (128, 64, 8, 3)}
+_FP32_TILE = (32, 32, 8, 1, 1)
+_TILES = {
+    "sm_90": (128, 64, 8, 2, 2), "sm_100": (128, 64, 8, 2, 2), "sm_103": (128, 64, 8, 2, 2),
+    "hip": (128, 64, 8, 2, 1), "other": (128, 32, 8, 3, 1), "other 64": (128, 64, 8, 2, 1),
+}  # fmt: skip
+# Of the few rows that the last layer reads: small, so that they are spread over the whole chip.
+_ROWS_TILE = (16, 32, 8, 2, 1)
+# Chips whose copy engine fetches whole tiles (TMA). sm_120 has one, and compiled with it keeps 8 bytes on the stack.
+_COPY_ENGINE = ("sm_90", "sm_100", "sm_103")
 
 
 @triton.jit
-def _tiles(
-    acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, begin, end, length, scale_log2, window,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    BEFORE: tl.constexpr = False,
+def _whole_tile(tile, desc, first_row, column, start, row_stride, TMA: tl.constexpr):
+    """`[BLOCK_N, HEAD_DIM]` from key `start` of a sequence on, all of it inside; tile: pointers to that of key 0."""
+    if TMA:
+        return desc.load([first_row + start, column])
+    return tl.load(tile + tl.cast(start, tl.int64) * row_stride)
+
+
+@triton.jit
+def _seen_by_all(
+    acc, top, total, q, k_ptr, v_ptr, k_desc, v_desc, first_row, column, k_row_stride, v_row_stride, begin, end,
+    scale_log2, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin .. end - 1 (a whole number of tiles from begin) into the running softmax."""
+    """Keys begin .. end - 1, a whole number of steps, nothing masked, into the running softmax.
+
+    The two tiles of a step share one maximum: the exponentials of the second run under the product of the first.
+    """
+    columns = tl.arange(0, HEAD_DIM)  # [HEAD_DIM]
+    row = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k_tile = k_ptr + row.to(tl.int64)[:, None] * k_row_stride + columns[None, :]  # [BLOCK_N, HEAD_DIM]
+    v_tile = v_ptr + row.to(tl.int64)[:, None] * v_row_stride + columns[None, :]
+    STEP: tl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
+    for start in range(begin, end, STEP):
+        k0 = _whole_tile(k_tile, k_desc, first_row, column, start, k_row_stride, TMA)
+        logits0 = tl.dot(q, tl.trans(k0), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        new_top = tl.maximum(top, tl.max(logits0, axis=1))  # [BLOCK_M], raw logits
+        if PAIRED:
+            k1 = _whole_tile(k_tile, k_desc, first_row, column, start + BLOCK_N, k_row_stride, TMA)
+            logits1 = tl.dot(q, tl.trans(k1), input_precision="ieee")
+            new_top = tl.maximum(new_top, tl.max(logits1, axis=1))
+        safe = new_top * scale_log2
+        shrink = tl.exp2(top * scale_log2 - safe)
+        p0 = tl.exp2(logits0 * scale_log2 - safe[:, None])
+        v0 = _whole_tile(v_tile, v_desc, first_row, column, start, v_row_stride, TMA)
+        acc = tl.dot(p0.to(v0.dtype), v0, acc * shrink[:, None], input_precision="ieee")  # [BLOCK_M, HEAD_DIM]
+        total = total * shrink + tl.sum(p0, axis=1)
+        if PAIRED:
+            p1 = tl.exp2(logits1 * scale_log2 - safe[:, None])
+            v1 = _whole_tile(v_tile, v_desc, first_row, column, start + BLOCK_N, v_row_stride, TMA)
+            acc = tl.dot(p1.to(v1.dtype), v1, acc, input_precision="ieee")
+            total += tl.sum(p1, axis=1)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _seen_by_some(
+    acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, begin, end, length, scale_log2, window,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr, BEFORE: tl.constexpr = False,
+):  # fmt: skip
+    """Keys begin .. end - 1, tiles from begin on, masked, into the running softmax; k_ptr and v_ptr at key 0."""
     columns = tl.arange(0, HEAD_DIM)  # [HEAD_DIM]
     row = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k_tile = k_ptr + row.to(tl.int64)[:, None] * k_row_stride + columns[None, :]  # [BLOCK_N, HEAD_DIM]
     v_tile = v_ptr + row.to(tl.int64)[:, None] * v_row_stride + columns[None, :]
     for start in range(begin, end, BLOCK_N):
         keys = start + row
+        # Zeros behind the sequence's end: a neighbour's NaN times a probability of zero would be one.
         k = tl.load(k_tile + tl.cast(start, tl.int64) * k_row_stride, (keys < length)[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            # Of what is continued every key is seen, and none beyond its end.
-            visible = (keys < length)[None, :] if BEFORE else keys[None, :] <= positions[:, None]
-            if HAS_WINDOW:
-                visible = visible & (positions[:, None] - keys[None, :] < window)
-            logits = tl.where(visible, logits, float("-inf"))
+        # Of what is continued every key is seen, and none beyond its end.
+        visible = (keys < length)[None, :] if BEFORE else keys[None, :] <= positions[:, None]
+        if HAS_WINDOW:
+            visible = visible & (positions[:, None] - keys[None, :] < window)
+        logits = tl.where(visible, logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, axis=1))  # [BLOCK_M], raw logits
         # A row that has seen no key yet has -inf on both sides.
         safe = tl.where(new_top == float("-inf"), 0.0, new_top) * scale_log2
@@ -62,19 +117,20 @@ def _tiles(
 
 @triton.jit(do_not_specialize=["window"])
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, row_bounds_ptr, rows_ptr, prefixes_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, tiles_ptr, cu_seqlens_ptr, row_bounds_ptr, rows_ptr, prefixes_ptr,
     q_row_stride, k_row_stride, v_row_stride, out_row_stride, scale_log2, window,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr, PAIRED: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last positions see the most keys: heavy tiles first
-    kv_head, sequence = tl.program_id(1), tl.program_id(2)
+    entry, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    sequence, tile = tl.load(tiles_ptr + 2 * entry), tl.load(tiles_ptr + 2 * entry + 1)
     start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + sequence + 1) - start).to(tl.int32)
     q_start = tl.load(row_bounds_ptr + sequence).to(tl.int64)
     count = (tl.load(row_bounds_ptr + sequence + 1) - q_start).to(tl.int32)
-    if tile * BLOCK_Q < count:
+    if tile >= 0:
         m = tl.arange(0, BLOCK_M)  # [BLOCK_M]: position-major, the group's heads beside each other
         row = tile * BLOCK_Q + m // GROUP
         valid = (row < count) & (m // GROUP < BLOCK_Q)
@@ -86,9 +142,7 @@ def _attention_kernel(
         head = kv_head * GROUP + m % GROUP
         inner = head[:, None] * HEAD_DIM + columns[None, :]
         q = tl.load(q_ptr + q_row[:, None] * q_row_stride + inner, valid[:, None], other=0.0)  # [BLOCK_M, HEAD_DIM]
-        k_ptr += kv_head * HEAD_DIM
-        v_ptr += kv_head * HEAD_DIM
-
+        column = kv_head * HEAD_DIM
         acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -99,51 +153,104 @@ def _attention_kernel(
             if HAS_WINDOW:
                 first = tl.minimum(tl.maximum(0, before + lowest - window + 1) // BLOCK_N * BLOCK_N, before)
             # One masked loop: another for whole tiles would spill on sm_80.
-            acc, top, total = _tiles(
-                acc, top, total, q, k_ptr + before_start * k_row_stride, v_ptr + before_start * v_row_stride,
-                k_row_stride, v_row_stride, positions + before, first, before, before, scale_log2, window,
-                HEAD_DIM, BLOCK_N, True, HAS_WINDOW, True,
+            acc, top, total = _seen_by_some(
+                acc, top, total, q, k_ptr + before_start * k_row_stride + column,
+                v_ptr + before_start * v_row_stride + column, k_row_stride, v_row_stride, positions + before, first,
+                before, before, scale_log2, window, HEAD_DIM, BLOCK_N, HAS_WINDOW, True,
             )  # fmt: skip
-        k_ptr += start * k_row_stride
-        v_ptr += start * v_row_stride
-        # Three ranges of whole tiles: the window's edge (masked), what every row sees, and the diagonal (masked).
+        own_k = k_ptr + start * k_row_stride + column
+        own_v = v_ptr + start * v_row_stride + column
+        # Three ranges: the window's edge, what every row sees (whole steps), and the rest with the diagonal.
         edge = 0
-        begin = 0
         if HAS_WINDOW:
             begin = tl.maximum(0, lowest - window + 1) // BLOCK_N * BLOCK_N
-            edge = tl.minimum(tl.cdiv(tl.maximum(0, highest - window + 1), BLOCK_N) * BLOCK_N, highest + 1)
-        full = tl.maximum(edge, (lowest + 1) // BLOCK_N * BLOCK_N)
-        if HAS_WINDOW:
-            acc, top, total = _tiles(
-                acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, begin, edge, length,
-                scale_log2, window, HEAD_DIM, BLOCK_N, True, HAS_WINDOW,
+            edge = tl.cdiv(tl.maximum(0, highest - window + 1), BLOCK_N) * BLOCK_N
+            acc, top, total = _seen_by_some(
+                acc, top, total, q, own_k, own_v, k_row_stride, v_row_stride, positions, begin,
+                tl.minimum(edge, highest + 1), length, scale_log2, window, HEAD_DIM, BLOCK_N, HAS_WINDOW,
             )  # fmt: skip
-            # The edge range ends on a tile boundary unless it reached the diagonal's end.
-            edge = tl.cdiv(edge, BLOCK_N) * BLOCK_N
-            full = tl.maximum(edge, full)
-        acc, top, total = _tiles(
-            acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, edge, full, length,
-            scale_log2, window, HEAD_DIM, BLOCK_N, False, HAS_WINDOW,
+        STEP: tl.constexpr = 2 * BLOCK_N if PAIRED else BLOCK_N
+        full = edge + tl.maximum(0, lowest + 1 - edge) // STEP * STEP
+        acc, top, total = _seen_by_all(
+            acc, top, total, q, own_k, own_v, k_desc, v_desc, start.to(tl.int32), column, k_row_stride, v_row_stride,
+            edge, full, scale_log2, HEAD_DIM, BLOCK_N, PAIRED, TMA,
         )  # fmt: skip
-        acc, top, total = _tiles(
-            acc, top, total, q, k_ptr, v_ptr, k_row_stride, v_row_stride, positions, full, highest + 1, length,
-            scale_log2, window, HEAD_DIM, BLOCK_N, True, HAS_WINDOW,
+        acc, top, total = _seen_by_some(
+            acc, top, total, q, own_k, own_v, k_row_stride, v_row_stride, positions, full, highest + 1, length,
+            scale_log2, window, HEAD_DIM, BLOCK_N, HAS_WINDOW,
         )  # fmt: skip
-        result = acc / total[:, None]
+        result = acc * (1.0 / total)[:, None]
         target = out_ptr + q_row[:, None] * out_row_stride + inner
         tl.store(target, result.to(out_ptr.dtype.element_ty), valid[:, None])
 
 
-def _tile(dtype: torch.dtype, continued: bool) -> tuple[int, int, int, int]:
-    """The tile for this process's GPU: by chip and dtype only, so that a result never depends on its company."""
+def _tile(dtype: torch.dtype, head_dim: int, rows: bool) -> tuple[int, int, int, int, int]:
+    """The tile for this process's GPU: by chip, dtype, width and kind, so that a result never depends on its company."""
     if dtype == torch.float32:
         return _FP32_TILE
+    if rows:
+        return _ROWS_TILE
+    return _TILES.get(_chip(), _TILES["other 64" if head_dim == 64 else "other"])
+
+
+def _chip() -> str:
     if triton.knobs.runtime.interpret:
-        return _TILES["other"]
+        return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
-    chip = "hip" if target.backend == "hip" else f"sm_{target.arch}"
-    own = _TILES.get(chip, _TILES["other"])
-    return _CONTINUED_TILES.get(chip, own) if continued else own
+    return "hip" if target.backend == "hip" else f"sm_{target.arch}"
+
+
+def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
+    """x `[T, H, d]` as the copy engine of Hopper and later wants it: tiles `[block_n, d]`; None where it can't."""
+    chip, size = _chip(), x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
+    if not aligned or x.dtype == torch.float32 or len(x) < block_n or chip not in _COPY_ENGINE:
+        return None
+    width = x.shape[1] * x.shape[2]
+    return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], [block_n, x.shape[2]])
+
+
+def tile_rows(dtype: torch.dtype, head_dim: int, group: int) -> int:
+    """Rows of one tile of a pass over all rows, whose queries are those of `group` heads."""
+    return _tile(dtype, head_dim, False)[0] // group
+
+
+def tiles_of(bounds: torch.Tensor, most: int, block_q: int, prefixes: torch.Tensor | None = None) -> torch.Tensor:
+    """(sequence, tile) of every tile of block_q rows, heaviest first; int32 `[most, 2]`, beyond them tile -1.
+
+    On the device and without looking at it, so that a CUDA graph can hold it: a replay's sequences have their own.
+
+    Args:
+        bounds: integer `[S + 1]`, the first row of each sequence and the end.
+        most: a bound of their number, such as `bound_of_tiles` gives.
+        prefixes: int32 `[S, 2]`; the rows of a sequence that continues another one see that one's, too.
+    """
+    counts = (bounds.diff() + (block_q - 1)) // block_q  # [S]
+    ends = counts.cumsum(0)
+    place = torch.arange(most, device=bounds.device)
+    found = torch.searchsorted(ends, place, right=True)
+    sequence = found.clamp(max=len(counts) - 1)
+    tile = place - (ends - counts)[sequence]
+    seen = tile * block_q if prefixes is None else tile * block_q + prefixes[sequence, 1]
+    inside = found < len(counts)
+    order = torch.where(inside, seen, -1).argsort(descending=True)
+    return torch.stack([sequence, torch.where(inside, tile, -1)], 1)[order].int()
+
+
+def bound_of_tiles(rows: int, sequences: int, longest: int, block_q: int) -> int:
+    """At most so many tiles has a pass of so many rows: one that isn't full a sequence."""
+    return min(rows // block_q + sequences, sequences * -(-longest // block_q))
+
+
+def tiles(
+    cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int, group: int, head_dim: int, dtype: torch.dtype,
+    prefixes: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """What `attention` of all rows takes as `tiles`: of T tokens, max_seqlen at most in a sequence, query heads of a KV
+    head, their width and dtype. int32 `[N, 2]`."""
+    block_q = tile_rows(dtype, head_dim, group)
+    most = bound_of_tiles(tokens, len(cu_seqlens) - 1, max_seqlen, block_q)
+    return tiles_of(cu_seqlens, most, block_q, prefixes)
 
 
 def attention(
@@ -157,9 +264,10 @@ def attention(
     rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     prefixes: torch.Tensor | None = None,
+    tiles: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `lastrerank.ops.Operations.attention`; max_seqlen bounds the sequences' own lengths, prefixes is int32
-    `[S, 2]`.
+    `[S, 2]`, tiles are those of the function of that name (not with rows, which have their own).
 
     Raises:
         ValueError: a head width or layout that the kernel doesn't serve.
@@ -179,19 +287,26 @@ def attention(
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    block_m, block_n, warps, stages = _tile(q.dtype, prefixes is not None)
+    block_m, block_n, warps, stages, step = _tile(q.dtype, head_dim, rows is not None)
+    if group > block_m:
+        raise ValueError(f"q has {group} heads for each of k's, expected at most {block_m}")
     # The kernel knows no stride of what has one dimension.
     cu_seqlens, rows = cu_seqlens.contiguous(), None if rows is None else rows.contiguous()
     if prefixes is not None and prefixes.shape != (len(cu_seqlens) - 1, 2):
         raise ValueError(f"prefixes has shape {tuple(prefixes.shape)}, expected [{len(cu_seqlens) - 1}, 2]")
     table = cu_seqlens if prefixes is None else prefixes.contiguous()
     bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
-    most = max_seqlen if rows is None else min(max_seqlen, len(rows))
-    grid = (triton.cdiv(most, block_m // group), k.shape[1], len(cu_seqlens) - 1)
-    _attention_kernel[grid](
-        q, k, v, out, cu_seqlens, bounds, cu_seqlens if rows is None else rows, table,
+    most = bound_of_tiles(len(q), len(cu_seqlens) - 1, max_seqlen, block_m // group)
+    if tiles is not None and (rows is not None or tiles.shape != (most, 2)):
+        raise ValueError(f"tiles has shape {tuple(tiles.shape)}, expected [{most}, 2], and none with rows")
+    if tiles is None:
+        tiles = tiles_of(bounds, most, block_m // group, prefixes)
+    descriptors = (None, None) if rows is not None else (_descriptor(k, block_n), _descriptor(v, block_n))
+    _attention_kernel[(len(tiles) * k.shape[1],)](
+        q, k, v, *descriptors, out, tiles, cu_seqlens, bounds, cu_seqlens if rows is None else rows, table,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * 1.4426950408889634, window or 0,
-        HEAD_DIM=head_dim, GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n, HAS_ROWS=rows is not None,
-        HAS_WINDOW=window is not None, HAS_PREFIX=prefixes is not None, num_warps=warps, num_stages=stages,
+        HEAD_DIM=head_dim, KV_HEADS=k.shape[1], GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n,
+        HAS_ROWS=rows is not None, HAS_WINDOW=window is not None, HAS_PREFIX=prefixes is not None,
+        PAIRED=step == 2, TMA=None not in descriptors, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -14,8 +14,9 @@ import torch
 from lastrerank.model import Model
 from lastrerank.packing import PackedBatch
 
-# Tokens of a pass. Above the last a pass fills the device and launches are hidden behind it.
-BUCKETS = (512, 1024, 2048, 4096)
+# Tokens of a pass: a bucket is at most 255 rows too large. Above the last a pass fills the device, and launches are
+# hidden behind it.
+BUCKETS = tuple(range(256, 4096 + 1, 256))
 # A prompt has at least about 119 tokens and a document adds at least 15: what a bucket can hold of each.
 _SEQUENCE_TOKENS, _DOCUMENT_TOKENS = 119, 15
 
@@ -92,7 +93,8 @@ class GraphedModel:
                 model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # Thread-local: what other threads do, an engine's among them, is no part of the capture.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 hidden = model.hidden_states(bucket)
             self._captured.insert(0, _Captured(bucket, graph, hidden))
 

@@ -78,6 +78,10 @@ class Model:
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         cos, sin = self._rope_table(batch.max_positions, batch.ids.device)
 
+        tiles = ops.attention_tiles(
+            batch.cu_seqlens, batch.seqlens, config.num_heads, config.num_kv_heads, config.head_dim,
+            self.weights.norm.dtype, batch.prefixes,
+        )  # fmt: skip
         residual = ops.embed(batch.ids, self.weights.embedding).to(self.weights.norm.dtype)
         qkv = self._by_rows(self._first_projection, residual)
         for index in range(len(layers) - 1):
@@ -92,7 +96,7 @@ class Model:
             out = None if torch.is_grad_enabled() else q
             attended = ops.attention(
                 q, k, v, batch.cu_seqlens, batch.seqlens, config.layer_windows[index], self._scale, out=out,
-                prefixes=batch.prefixes,
+                prefixes=batch.prefixes, tiles=tiles,
             ).flatten(1)  # fmt: skip
             residual, qkv = self._between(index, attended, residual, qkv)
             if on_layer is not None:

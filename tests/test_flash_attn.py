@@ -26,13 +26,13 @@ def varlen(
     return truth.attention(q, k, v, lengths, None if left < 0 else left + 1, softmax_scale), "the softmax's logarithms"
 
 
-@pytest.fixture
-def operations(monkeypatch):
+@pytest.fixture(params=["flash_attn_interface", "fa3_fwd_interface"])
+def operations(monkeypatch, request):
     from lastrerank.ops.flash_attn import FlashAttnOperations
 
-    module = types.ModuleType("flash_attn_interface")
+    module = types.ModuleType(request.param)
     module.flash_attn_varlen_func = varlen
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    monkeypatch.setitem(sys.modules, request.param, module)
     return FlashAttnOperations()
 
 
@@ -56,13 +56,13 @@ def test_sequences_that_continue_others_go_through_our_kernel(operations, monkey
     q, k, v = (torch.randn(9, heads, 64) for heads in (4, 2, 2))
     cu, prefixes = torch.tensor([0, 4, 9]).int(), prefixes_of([4, 5], [None, 0], q.device)
     operations.attention(q, k, v, cu, (4, 5), None, 0.125, prefixes=prefixes)
-    assert seen[0][-1] is prefixes
+    assert seen[0][-2] is prefixes
 
 
 def test_absent_library_is_named(monkeypatch):
     from lastrerank.ops.flash_attn import FlashAttnOperations
 
-    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "fa3_fwd_interface"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RuntimeError, match=r"flash-attn is not installed .*flash_attn_interface"):
         FlashAttnOperations()

@@ -1,11 +1,14 @@
 """Triton kernels against the fp64 truth by the error rule: on a GPU where there is one, else in Triton's interpreter.
 
 In a process of its own where the interpreter is needed, because Triton reads `TRITON_INTERPRET` when it is imported.
+With `LASTRERANK_EMULATE=sm_90` (or sm_80; `make test-emulated`) what is tested is the compiled code, executed by the
+emulator; test_emulated_kernels.py is what every run of the tests has of it.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import subprocess
 import sys
@@ -20,9 +23,10 @@ from packs import CONTINUED, prefixes_of
 pytest.importorskip("triton", reason="Triton is not installed")
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATE = os.environ.get("LASTRERANK_EMULATE")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-if not INTERPRET and DEVICE == "cpu":
+if not INTERPRET and DEVICE == "cpu" and not EMULATE:
 
     _started: list[subprocess.Popen[str]] = []
 
@@ -58,7 +62,11 @@ else:
     @pytest.fixture(autouse=True)
     def seed_and_no_grad(request):
         torch.manual_seed(zlib.crc32(request.node.name.encode()))
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            if EMULATE:
+                from emulator import emulating
+
+                stack.enter_context(emulating(EMULATE))
             yield
 
     def randn(dtype, *size, scale=1.0, offset=0.0):
@@ -246,6 +254,34 @@ else:
         over_the_queries = operations.attention(*views, cu, tuple(seqlens), window, dim**-0.5, out=views[0])
         assert torch.equal(over_the_queries, result)
 
+    def test_tiles_are_every_tile_heaviest_first():
+        """With sequences to spare, as a static bucket has them, and a bound that is larger than their number."""
+        from lastrerank.kernels.attention import bound_of_tiles, tiles_of
+
+        lengths, block_q = [5, 0, 64, 1, 130, 0], 16
+        cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+        every = {(s, t) for s, length in enumerate(lengths) for t in range(-(-length // block_q))}
+        for tokens in (200, 1000):
+            most = bound_of_tiles(tokens, len(lengths), tokens, block_q)
+            found = list(map(tuple, tiles_of(cu, most, block_q).tolist()))
+            assert len(found) == most and set(found[: len(every)]) == every
+            assert all(tile == -1 for _, tile in found[len(every) :])
+            assert sorted((t for _, t in found), reverse=True) == [t for _, t in found]
+        continued = torch.tensor([0, 5, 5, 69, 70, 200, 217], dtype=torch.int32, device=DEVICE)
+        prefixes = torch.tensor([[0, 0]] * 5 + [[5, 64]], dtype=torch.int32, device=DEVICE)
+        order = tiles_of(continued, 17, block_q, prefixes).tolist()
+        seen = [t * block_q + (64 if s == 5 else 0) for s, t in order if t >= 0]
+        assert seen == sorted(seen, reverse=True) and [5, 1] in order and len(seen) == 1 + 4 + 1 + 9 + 2
+
+    def test_tiles_of_other_sequences_are_refused():
+        (q, k, v), cu = packed(torch.float32, [5, 40], 4, 2, 64)
+        tiles = operations.attention_tiles(cu, (5, 40), 4, 2, 64, torch.float32)
+        whole = operations.attention(q, k, v, cu, (5, 40), None, 0.125)
+        assert torch.equal(operations.attention(q, k, v, cu, (5, 40), None, 0.125, tiles=tiles), whole)
+        for arguments in ({"tiles": tiles[1:]}, {"tiles": tiles, "rows": torch.arange(45, device=DEVICE)}):
+            with pytest.raises(ValueError, match="tiles has shape"):
+                operations.attention(q, k, v, cu, (5, 40), None, 0.125, **arguments)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("window", [None, 63])
     def test_attention_of_read_rows(dtype, window):
@@ -317,6 +353,7 @@ else:
         view.copy_(randn(torch.float16, rows, width))
         return view
 
+    @pytest.mark.skipif(EMULATE is not None, reason="the emulator copies what a launch is given")
     def test_offsets_past_2_to_the_31():
         rows, eps = 6, 1e-6
         x, weight = far_rows(rows, 64), randn(torch.float16, 64)
@@ -441,10 +478,14 @@ else:
             q, k, v = (part.unflatten(1, (-1, 64)).contiguous() for part in qkv.split([128, 64, 64], 1))
             cu = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
             continued = torch.tensor([[0, 0], [0, 2]], dtype=torch.int32, device=DEVICE)
-            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, None))
-            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, continued))
-            check(registered.attention.default, (q[:2], k, v, cu, 3, 2, 0.125, torch.tensor([1, 3]).to(DEVICE), None))
-            check(registered.attention_.default, (q, k, v, cu, 3, 2, 0.125, continued))
+            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, None, None))
+            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, continued, None))
+            read = torch.tensor([1, 3]).to(DEVICE)
+            check(registered.attention.default, (q[:2], k, v, cu, 3, 2, 0.125, read, None, None))
+            check(registered.attention_.default, (q, k, v, cu, 3, 2, 0.125, continued, None))
+            check(registered.attention_tiles.default, (cu, 5, 3, 2, 64, torch.float32, continued))
+            tiles = registered.attention_tiles(cu, 5, 3, 2, 64, torch.float32, None)
+            check(registered.attention.default, (q, k, v, cu, 3, None, 0.125, None, None, tiles))
             check(registered.logit.default, (x, weight, torch.randn(64).to(DEVICE), 1e-6))
             maps = [torch.tensor(m, device=DEVICE) for m in ([0, 1, 3], [2, 4], [0, 0, 1], [0, 0])]
             projector = (weight, torch.randn(32, 64).to(DEVICE), torch.randn(16, 32).to(DEVICE))

@@ -100,6 +100,19 @@ class Operations(Protocol):
         with a row per position; positions int64 `[T]`. Returns qkv, changed in place with grad disabled.
         """
 
+    def attention_tiles(
+        self,
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        prefixes: Prefixes | None = None,
+    ) -> torch.Tensor | None:
+        """The work of `attention` over all rows of these sequences in the order of its launch, once for all layers of a
+        pass; arguments as there, dtype of the queries. None: this implementation has no such list."""
+
     def attention(
         self,
         q: torch.Tensor,
@@ -112,13 +125,15 @@ class Operations(Protocol):
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         prefixes: Prefixes | None = None,
+        tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Causal grouped-query attention within each sequence and what it continues.
 
         q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride. Key j is visible to query i of its sequence when
         `j <= i` and, with a window, `i - j < window`; both count from the beginning of what the sequence continues.
         cu_seqlens int32 `[S + 1]`, seqlens the lengths on the host. With rows (int64 `[R]`, ascending): q is
-        `[R, Hq, d]`, the queries at these rows only. out may be q itself. Returns `[T or R, Hq, d]`.
+        `[R, Hq, d]`, the queries at these rows only. out may be q itself. tiles: what `attention_tiles` gave for the
+        same sequences; else found anew. Returns `[T or R, Hq, d]`.
         """
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:

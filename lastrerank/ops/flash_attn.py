@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lastrerank.ops import Prefixes
 from lastrerank.ops.triton import TritonOperations
 
-# Modules that hold `flash_attn_varlen_func`, the newest generation first: 4, 3, 2.
-_MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
+# Modules that hold `flash_attn_varlen_func`, the newest generation first: 4, 3, 3 as a wheel of its own, 2.
+_MODULES = ("flash_attn.cute", "flash_attn_interface", "fa3_fwd_interface", "flash_attn")
 
 
 class FlashAttnOperations(TritonOperations):
@@ -26,6 +27,20 @@ class FlashAttnOperations(TritonOperations):
     def __init__(self) -> None:
         self._attend = _find()
 
+    def attention_tiles(
+        self,
+        cu_seqlens: Tensor,
+        seqlens: tuple[int, ...],
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        prefixes: Prefixes | None = None,
+    ) -> Tensor | None:
+        if prefixes is None:
+            return None
+        return super().attention_tiles(cu_seqlens, seqlens, num_heads, num_kv_heads, head_dim, dtype, prefixes)
+
     def attention(
         self,
         q: Tensor,
@@ -38,9 +53,10 @@ class FlashAttnOperations(TritonOperations):
         rows: Tensor | None = None,
         out: Tensor | None = None,
         prefixes: Prefixes | None = None,
+        tiles: Tensor | None = None,
     ) -> Tensor:
         if rows is not None or prefixes is not None:
-            return super().attention(q, k, v, cu_seqlens, seqlens, window, scale, rows, out, prefixes)
+            return super().attention(q, k, v, cu_seqlens, seqlens, window, scale, rows, out, prefixes, tiles)
         cu_seqlens = cu_seqlens.contiguous()
         # The library's window counts the tokens before the current one.
         local = {} if window is None else {"window_size": (window - 1, 0)}

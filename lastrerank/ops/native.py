@@ -177,6 +177,7 @@ class NativeOperations(ReferenceOperations):
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         prefixes: Prefixes | None = None,
+        tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         starts = check_attention(q, k, v, cu_seqlens, seqlens, window, rows, out, prefixes)
         out = _empty(*q.shape) if out is None else out

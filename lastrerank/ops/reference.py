@@ -77,6 +77,18 @@ class ReferenceOperations:
             heads[rows, : num_heads + num_kv_heads] = torch.cat(rotated(rows), dim=1)
         return qkv
 
+    def attention_tiles(
+        self,
+        cu_seqlens: torch.Tensor,
+        seqlens: tuple[int, ...],
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        prefixes: Prefixes | None = None,
+    ) -> torch.Tensor | None:
+        return None
+
     def attention(
         self,
         q: torch.Tensor,
@@ -89,6 +101,7 @@ class ReferenceOperations:
         rows: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         prefixes: Prefixes | None = None,
+        tiles: torch.Tensor | None = None,
     ) -> torch.Tensor:
         differentiable = torch.is_grad_enabled()
         if out is None and not differentiable:

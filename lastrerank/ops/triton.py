@@ -48,6 +48,21 @@ class TritonOperations(ReferenceOperations):
         )
         return qkv
 
+    def attention_tiles(
+        self,
+        cu_seqlens: Tensor,
+        seqlens: tuple[int, ...],
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        prefixes: Prefixes | None = None,
+    ) -> Tensor | None:
+        table = None if prefixes is None else prefixes.table
+        return torch.ops.lastrerank.attention_tiles(
+            cu_seqlens, sum(seqlens), max(seqlens), num_heads // num_kv_heads, head_dim, dtype, table
+        )
+
     def attention(
         self,
         q: Tensor,
@@ -60,15 +75,16 @@ class TritonOperations(ReferenceOperations):
         rows: Tensor | None = None,
         out: Tensor | None = None,
         prefixes: Prefixes | None = None,
+        tiles: Tensor | None = None,
     ) -> Tensor:
         table = None if prefixes is None else prefixes.table
         arguments = (k, v, cu_seqlens, max(seqlens), window, scale)
         if out is None:
-            return torch.ops.lastrerank.attention(q, *arguments, rows, table)
+            return torch.ops.lastrerank.attention(q, *arguments, rows, table, tiles)
         if out is q:
-            torch.ops.lastrerank.attention_(q, *arguments, table)
+            torch.ops.lastrerank.attention_(q, *arguments, table, tiles)
             return q
-        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows, table))
+        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows, table, tiles))
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return torch.ops.lastrerank.swiglu(gate_up)
@@ -95,13 +111,22 @@ class TritonOperations(ReferenceOperations):
 
 
 def _attention_over_queries(q: Tensor, *arguments: Any) -> None:
-    *first, prefixes = arguments
-    attention_kernel.attention(q, *first, out=q, prefixes=prefixes)
+    *first, prefixes, tiles = arguments
+    attention_kernel.attention(q, *first, out=q, prefixes=prefixes, tiles=tiles)
 
 
 def _attention(q: Tensor, *arguments: Any) -> Tensor:
-    *first, prefixes = arguments
-    return attention_kernel.attention(q, *first, prefixes=prefixes)
+    *first, prefixes, tiles = arguments
+    return attention_kernel.attention(q, *first, prefixes=prefixes, tiles=tiles)
+
+
+def _fake_tiles(
+    cu_seqlens: Tensor, tokens: int, max_seqlen: int, group: int, head_dim: int, dtype: torch.dtype,
+    prefixes: Tensor | None,
+) -> Tensor:  # fmt: skip
+    block_q = attention_kernel.tile_rows(dtype, head_dim, group)
+    most = attention_kernel.bound_of_tiles(tokens, cu_seqlens.shape[0] - 1, max_seqlen, block_q)
+    return cu_seqlens.new_empty((most, 2), dtype=torch.int32)
 
 
 # name, schema, implementation, shape of the result. A trailing underscore: the first argument is written.
@@ -114,10 +139,13 @@ _OPERATIONS = (
     ("qk_norm_rope_", "(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor positions, "
      "int num_heads, int num_kv_heads, float eps) -> ()",
      qk_norm_rope_kernel.qk_norm_rope, lambda *arguments: None),
-    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows, Tensor? prefixes) -> Tensor",
+    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows, Tensor? prefixes, Tensor? tiles) -> Tensor",
      _attention, lambda q, *arguments: q.new_empty(q.shape)),
-    ("attention_", f"(Tensor(a!) q, {_ATTENTION}, Tensor? prefixes) -> ()",
+    ("attention_", f"(Tensor(a!) q, {_ATTENTION}, Tensor? prefixes, Tensor? tiles) -> ()",
      _attention_over_queries, lambda *arguments: None),
+    ("attention_tiles", "(Tensor cu_seqlens, SymInt tokens, SymInt max_seqlen, int group, int head_dim, "
+     "ScalarType dtype, Tensor? prefixes) -> Tensor",
+     attention_kernel.tiles, _fake_tiles),
     ("swiglu", "(Tensor gate_up) -> Tensor",
      swiglu_kernel.swiglu, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)),
     ("score", "(Tensor hidden, Tensor doc_rows, Tensor query_rows, Tensor doc_sequence, Tensor sequence_request, "
@@ -147,6 +175,7 @@ def _attention_flops(
     scale: float,
     rows: Tensor | None = None,
     prefixes: Tensor | None = None,
+    tiles: Tensor | None = None,
     out_val: object = None,
 ) -> int:
     return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], rows, prefixes)
@@ -162,6 +191,7 @@ def _attention_flops_in_place(
     window: int | None,
     scale: float,
     prefixes: Tensor | None = None,
+    tiles: Tensor | None = None,
     out_val: object = None,
 ) -> int:
     return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], None, prefixes)
