@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # works beside the others), each the largest that spills nothing on its chip by `python -m bench.compile_kernels`.
 # Hopper and data-centre Blackwell feed their matrix units from shared memory; elsewhere operands live in registers, so
 # key tiles are half as tall. fp32 has no exact matrix unit.
-_HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128)
 _FP32_TILE = (32, 32, 8, 1, 1)
 _TILES = {
     "sm_90": (128, 64, 8, 2, 2), "sm_100": (128, 64, 8, 2, 2), "sm_103": (128, 64, 8, 2, 2),
@@ -185,7 +185,7 @@ def _attention_kernel(
 
 
 def _tile(dtype: torch.dtype, head_dim: int, rows: bool) -> tuple[int, int, int, int, int]:
-    """The tile for this process's GPU: by chip, dtype, width and kind, so that a result never depends on its company."""
+    """The tile for this process's GPU: by chip, dtype, width and kind: no result depends on its company."""
     if dtype == torch.float32:
         return _FP32_TILE
     if rows:
@@ -281,8 +281,8 @@ def attention(
     if out is not None and (out.shape != q.shape or out.stride(2) != 1):
         raise ValueError(f"out has shape {tuple(out.shape)} and strides {out.stride()}, expected q's shape")
     head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
-    if head_dim not in _HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim}, expected one of {_HEAD_DIMS}")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim}, expected one of {HEAD_DIMS}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")

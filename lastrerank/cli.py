@@ -431,7 +431,7 @@ def doctor(
     from lastrerank.doctor import examine, verify_checkpoint
 
     try:
-        report = examine(device)
+        report = examine(device, verify) if verify else examine(device)
         if verify:
             report["verify"] = verify_checkpoint(verify, device)
     except _EXPECTED as error:
@@ -440,7 +440,8 @@ def doctor(
         print(json.dumps(report))
     else:
         print("\n".join(report_lines(report)))
-    bad = not report["self_check"]["ok"] or not report.get("verify", {}).get("ok", True)
+    parts = (report["self_check"], report["kernels"] or {}, report.get("verify", {}))
+    bad = not all(part.get("ok", True) for part in parts)
     raise typer.Exit(1 if bad else 0)
 
 

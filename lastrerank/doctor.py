@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import platform
 import tempfile
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lastrerank import Reranker, __version__, ops
-from lastrerank.checkpoint import resolve
+from lastrerank import Reranker, __version__, ops, selfcheck
+from lastrerank.checkpoint import open_checkpoint, resolve
 from lastrerank.goldens import GOLDENS, golden_of
-from lastrerank.reranker import resolve_device
+from lastrerank.reranker import BUNDLED, resolve_device
 
 _SELF_CHECK_TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 
 
-def examine(device: str = "auto") -> dict[str, Any]:
-    """Versions, device, why each backend is or isn't available, and a random tiny model scored by each that is."""
+def examine(device: str = "auto", model: str | Path = BUNDLED) -> dict[str, Any]:
+    """Versions, device, why each backend is or isn't available, a random tiny model scored by each that is, and on a
+    GPU whether the compiled kernels are found right for the shape of `model`, which is what "auto" goes by."""
     target = resolve_device(device)
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     versions = {"lastrerank": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -36,8 +38,18 @@ def examine(device: str = "auto") -> dict[str, Any]:
         "versions": versions,
         "device": f"{target} ({name}), {torch.get_num_threads()} threads",
         "backends": backends,
+        "kernels": _kernels(target, dtype, model) if target.type == "cuda" else None,
         "self_check": _self_check(target, [b for b, reason in backends.items() if reason is None]),
     }
+
+
+def _kernels(device: torch.device, dtype: torch.dtype, model: str | Path) -> dict[str, Any]:
+    """The verdict of `lastrerank.selfcheck`, made now if there is none."""
+    if selfcheck.is_off():
+        return {"backend": "triton", "off": selfcheck.SWITCH}
+    source = open_checkpoint(model)
+    return {"backend": "triton", "model": source.name,
+            **asdict(selfcheck.verdict("triton", source.config, device, dtype))}  # fmt: skip
 
 
 def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:

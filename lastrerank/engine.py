@@ -52,6 +52,10 @@ _MOST_BATCH_TOKENS = 131_072
 _BYTES_PER_TOKEN, _MEMORY_SHARE = 12 * 1024, 0.5
 
 
+class _DeviceLostError(RuntimeError):
+    """The device computes nothing any more in this process."""
+
+
 class _StoppedError(Exception):
     """Nobody waits for this pass any more."""
 
@@ -384,6 +388,7 @@ class Engine:
             self.statistics.busy_seconds += time.monotonic() - started
             return  # the dead are dropped before the next pass
         except Exception as error:
+            self._check_device(error)
             traceback.clear_frames(error.__traceback__)  # they hold the failed pass's tensors
             halves = _halves(batch)
             if halves is None:
@@ -408,6 +413,15 @@ class Engine:
         self._answer([job for job, _ in batch if not job.left])
         self.statistics.busy_seconds += time.monotonic() - started
 
+    def _check_device(self, error: Exception) -> None:
+        """After a failure: a device that is lost fails every pass from now on, so the engine ends, and health says so.
+
+        Raises:
+            _DeviceLostError: it doesn't compute any more.
+        """
+        if not self.reranker.device_answers():
+            raise _DeviceLostError(f"{self.reranker.device} doesn't compute any more after {error}") from error
+
     def _answer(self, jobs: list[Job]) -> None:
         """Score jobs whose blocks are all through."""
         for group in ([job] for job in jobs) if self.reranker.deterministic else ([jobs] if jobs else []):
@@ -416,6 +430,7 @@ class Engine:
                     [job.encoded for job in group if job.encoded is not None], [h for job in group for h in job.hidden]
                 )
             except Exception as error:
+                self._check_device(error)
                 traceback.clear_frames(error.__traceback__)
                 if len(group) == 1:
                     self._resolve(group[0], error=error)

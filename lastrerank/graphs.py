@@ -75,10 +75,11 @@ class GraphedModel:
     Args:
         model: its operations must launch the same kernels for every pass of a shape, without reading the device.
         device: where its weights are.
+        buckets: tokens of each, ascending.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Model, device: torch.device) -> None:
+    def __init__(self, model: Model, device: torch.device, buckets: tuple[int, ...] = BUCKETS) -> None:
         self._lock = threading.Lock()
         self._captured: list[_Captured] = []
         self._done = torch.cuda.Event()
@@ -86,7 +87,7 @@ class GraphedModel:
         pool = torch.cuda.graph_pool_handle()
         # One stream for every warm-up and capture: libraries keep a workspace for each they have seen.
         stream = torch.cuda.Stream(device)
-        for tokens in reversed(BUCKETS):  # the largest first: smaller ones then fit into its memory
+        for tokens in reversed(buckets):  # the largest first: smaller ones then fit into its memory
             bucket = empty_bucket(tokens, device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):

@@ -99,7 +99,8 @@ class Reranker(CrossEncoderFace):
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
             dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or quantised linears,
                 whose scores differ: "int8" (native backend), "float8" (Triton backend, Ada or newer).
-            backend: "auto" or one of `lastrerank.ops.BACKENDS`.
+            backend: "auto" or one of `lastrerank.ops.BACKENDS`. "auto" takes the Triton kernels on a GPU if they pass
+                a check of this model's shape (see `lastrerank.selfcheck`), made once.
             family: "auto" (what the checkpoint says), a name in `lastrerank.families.FAMILIES`, or a family.
             deterministic: every block is its own pass, so that scores are bitwise the same alone and in company.
             revision: of a Hub id.
@@ -123,7 +124,7 @@ class Reranker(CrossEncoderFace):
         if Path(id_or_path).is_dir():  # another process may stand in another folder
             made_by["id_or_path"] = str(Path(id_or_path).resolve())
         encoder = source.family.prompt.encoder(source.tokenizer, source.config)
-        name, operations = ops.select(backend, target, DTYPES[kind])
+        name, operations = ops.select(backend, target, DTYPES[kind], source.config)
         compute_dtype = _ACTIVATIONS.get(kind, DTYPES[kind])
         weights = source.weights(target, compute_dtype, operations.prepare)
         return cls(
@@ -229,6 +230,20 @@ class Reranker(CrossEncoderFace):
             documents=sum(len(request.documents) * request.orders for request in checked),
         )  # fmt: skip
         return [ranked(request, result) for request, result in zip(checked, scored, strict=True)]
+
+    def device_answers(self) -> bool:
+        """Whether the device computes: after an illegal access or a memory fault, a GPU never does again in this
+        process."""
+        if self.device.type == "cpu":
+            return True
+        try:
+            torch.ones(1, device=self.device).add_(1)
+            torch.cuda.synchronize(self.device)
+        except torch.cuda.OutOfMemoryError:  # it answered
+            return True
+        except RuntimeError:
+            return False
+        return True
 
     def warmup(self) -> None:
         """Do now what the first requests would wait for; call it once, before serving.

@@ -71,6 +71,15 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines.append(f"{'self-check':14} {'ok' if check['ok'] else 'FAILED'}: " + ", ".join(
         f"{name} differs by {difference:.1e} from the reference" for name, difference in check["difference"].items()
     ))  # fmt: skip
+    kernels = report["kernels"]
+    if kernels is not None and "off" in kernels:
+        lines.append(f"{'kernels':14} not checked: {kernels['off']} says so, and \"auto\" takes the reference")
+    elif kernels is not None:
+        found = "right" if kernels["ok"] else f"REFUSED: {kernels['reason']}"
+        lines.append(
+            f"{'kernels':14} {kernels['backend']} for the shape of {kernels['model']}: {found} "
+            f"({kernels['seconds']:g} s, {kernels['key'][:12]})"
+        )
     if "verify" in report:
         result = report["verify"]
         lines.append(f"{'verify':14} {'ok' if result['ok'] else 'FAILED'}: {result['message']}")

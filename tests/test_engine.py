@@ -173,6 +173,26 @@ def test_who_fails_fails_alone(small_reranker, documents, monkeypatch):
         assert engine.statistics.failed == 1 and engine.statistics.splits >= 1 and engine.alive
 
 
+def test_a_lost_device_ends_the_engine(small_reranker, documents, monkeypatch):
+    """After an illegal access a GPU never computes again: no pass is tried any more, and health says so."""
+    calls = []
+
+    def read_rows(blocks, **arguments):
+        calls.append(len(blocks))
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(small_reranker, "read_rows", read_rows)
+    monkeypatch.setattr(small_reranker, "device_answers", lambda: False)
+    with Engine(small_reranker, max_batch_tokens=10**6, max_wait=0.2) as engine:
+        futures = [engine.submit(request) for request in requests_of(documents, 5)]
+        for future in futures:
+            with pytest.raises(ClosedError, match=r"cpu doesn't compute any more after CUDA error: an illegal"):
+                future.result(60)
+        assert not engine.alive and len(calls) == 1
+        with pytest.raises(ClosedError):
+            engine.submit(requests_of(documents, 1)[0])
+
+
 def test_a_pass_out_of_memory_is_split(small_reranker, documents, monkeypatch):
     """Also within one request: two blocks at once are too many."""
     real, sizes = small_reranker.read_rows, []

@@ -11,9 +11,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
+
+if TYPE_CHECKING:
+    from lastrerank.config import ModelConfig
 
 logger = logging.getLogger("lastrerank")
 
@@ -59,6 +62,9 @@ class Operations(Protocol):
     With grad disabled, `add_rms_norm`, `qk_norm_rope` and `out=` write in place. With grad enabled nothing is written
     in place and everything is differentiable (reference only).
     """
+
+    def refuses(self, config: ModelConfig) -> str | None:
+        """Why a model of this shape can't be computed; None if it can."""
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """A stored weight `[out, in]`, on its device, as `linear` wants it; called once a weight at load.
@@ -221,6 +227,8 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
         from lastrerank.ops.triton import TritonOperations
     except ImportError as error:
         raise RuntimeError(f"Triton is not installed ({error})") from error
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        raise RuntimeError("it needs an NVIDIA GPU of compute capability 8.0 or newer")
     if dtype != torch.float8_e4m3fn:
         return TritonOperations()
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
@@ -247,14 +255,27 @@ def _short(dtype: torch.dtype) -> str:
 # In order of preference. A factory raises RuntimeError saying what is missing.
 BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
     "native": _native,
+    "triton": _triton,
     "reference": _reference,
-    "triton": _triton,  # after the reference until it has been measured on a GPU
     "flash-attn": _flash_attn,
 }
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Operations]:
-    """The operations called `name` for a device and dtype, or with "auto" the first that serves them.
+# By kind of device: what computes faster than the reference, and in which dtypes.
+_FASTEST: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
+    "cpu": ("native", (torch.float32,)),
+    "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
+}
+
+
+def select(
+    name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None = None
+) -> tuple[str, Operations]:
+    """The operations called `name` for a device and dtype, or with "auto" the first that serves them. Compiled kernels
+    of a GPU are taken by "auto" only once `lastrerank.selfcheck` has found them right for a model of this shape.
+
+    Args:
+        config: of the model they are for.
 
     Raises:
         ValueError: unknown name.
@@ -263,18 +284,43 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Op
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-        return name, BACKENDS[name](device, dtype)
-    reasons: list[str] = []
-    for candidate, factory in BACKENDS.items():
+        return name, _made(name, device, dtype, config)
+    reasons: dict[str, RuntimeError] = {}
+    for candidate in BACKENDS:
         try:
-            found = factory(device, dtype)
-            if candidate == "reference" and device.type == "cpu" and dtype == torch.float32 and reasons:
-                _warn_once(f"slower than it need be: plain PyTorch computes, since {'; '.join(reasons)}")
+            found = _made(candidate, device, dtype, config)
+            if candidate == "triton":
+                _require_check(candidate, device, dtype, config)
+            faster, served = _FASTEST.get(device.type, ("", ()))
+            if candidate == "reference" and faster in reasons and dtype in served:
+                _warn_once(f"slower than it need be: plain PyTorch computes, since {faster}: {reasons[faster]}")
             return candidate, found
         except RuntimeError as reason:
-            reasons.append(f"{candidate}: {reason}")
-            logger.info("backend %s", reasons[-1])
-    raise RuntimeError(f"no backend serves {dtype} on {device}: {'; '.join(reasons)}")
+            reasons[candidate] = reason
+            logger.info("backend %s: %s", candidate, reason)
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"no backend serves {dtype} on {device}: {listed}")
+
+
+def _made(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None) -> Operations:
+    found = BACKENDS[name](device, dtype)
+    reason = None if config is None else found.refuses(config)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return found
+
+
+def _require_check(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None) -> None:
+    """Raises: RuntimeError where the backend isn't known to be right here."""
+    from lastrerank import selfcheck
+
+    if config is None:
+        raise RuntimeError("no model is known whose shape it could be checked with")
+    if selfcheck.is_off():
+        raise RuntimeError(f"its check is switched off ({selfcheck.SWITCH})")
+    verdict = selfcheck.verdict(name, config, device, dtype)
+    if not verdict.ok:
+        raise RuntimeError(f"it failed its check: {verdict.reason}")
 
 
 @cache

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from lastrerank.config import ModelConfig
 from lastrerank.ops import Prefixes, Weight
 
 # Bound on one attention call's output and on one explicit mask, in elements. Large enough that calls are few.
@@ -77,6 +78,9 @@ class ReferenceOperations:
             heads[rows, : num_heads + num_kv_heads] = torch.cat(rotated(rows), dim=1)
         return qkv
 
+    def refuses(self, config: ModelConfig) -> str | None:
+        return None
+
     def attention_tiles(
         self,
         cu_seqlens: torch.Tensor,
@@ -118,18 +122,18 @@ class ReferenceOperations:
             if shared:
                 own_k, own_v = (torch.cat([x[first : first + shared], own]) for x, own in ((k, own_k), (v, own_v)))
             if not shared and rows is None and (window is None or window >= length):
-                tiles, along = _causal(q[queries], own_k, own_v, scale), 1
+                parts, along = _causal(q[queries], own_k, own_v, scale), 1
             else:
                 if rows is None:
                     positions, first_row = torch.arange(shared, shared + length, device=q.device), shared
                 else:
                     positions, first_row = rows[queries] - starts[s] + shared, None
-                tiles, along = _masked(q[queries], own_k, own_v, positions, window, scale, first_row), 0
+                parts, along = _masked(q[queries], own_k, own_v, positions, window, scale, first_row), 0
             if out is None:
-                sequences.append(torch.cat([tile for _, tile in tiles], dim=along))
+                sequences.append(torch.cat([part for _, part in parts], dim=along))
             else:
-                for where, tile in tiles:
-                    out[queries][where] = tile
+                for where, part in parts:
+                    out[queries][where] = part
         if out is None:
             return torch.cat(sequences) if sequences else torch.empty_like(q)
         return out

@@ -1,17 +1,21 @@
 """The operations on a GPU by the Triton kernels of `kernels/`; matrix products and gathers by PyTorch.
 
 Each kernel is registered with PyTorch as `torch.ops.lastrerank.*`, so that `torch.compile` takes the forward as one
-graph, profilers see names, and FLOP counters count the attention. Asked for by name only until measured on a GPU.
+graph, profilers see names, and FLOP counters count the attention.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lastrerank.config import ModelConfig
 from lastrerank.kernels import attention as attention_kernel
 from lastrerank.kernels import logit as logit_kernel
 from lastrerank.kernels import qk_norm_rope as qk_norm_rope_kernel
@@ -24,6 +28,11 @@ from lastrerank.ops.reference import ReferenceOperations
 
 class TritonOperations(ReferenceOperations):
     """See `lastrerank.ops.Operations`. Grad must be disabled."""
+
+    def refuses(self, config: ModelConfig) -> str | None:
+        if config.head_dim not in attention_kernel.HEAD_DIMS:
+            return f"the model's head_dim is {config.head_dim}, its kernels serve {attention_kernel.HEAD_DIMS}"
+        return None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.ops.lastrerank.rms_norm(x, weight, eps)
@@ -129,6 +138,17 @@ def _fake_tiles(
     return cu_seqlens.new_empty((most, 2), dtype=torch.int32)
 
 
+def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever the tensors' own is: there it must be that of the first."""
+
+    @wraps(kernel)
+    def launch(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(first.device) if first.device.type == "cuda" else nullcontext():
+            return kernel(first, *others)
+
+    return launch
+
+
 # name, schema, implementation, shape of the result. A trailing underscore: the first argument is written.
 _ATTENTION = "Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, SymInt? window, float scale"
 _OPERATIONS = (
@@ -160,7 +180,7 @@ _OPERATIONS = (
 
 for _name, _schema, _kernel, _fake in _OPERATIONS:
     torch.library.define(f"lastrerank::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"lastrerank::{_name}", ("cpu", "cuda"), _kernel)  # cpu: Triton's interpreter
+    torch.library.impl(f"lastrerank::{_name}", ("cpu", "cuda"), _on_its_device(_kernel))  # cpu: Triton's interpreter
     torch.library.register_fake(f"lastrerank::{_name}", _fake)
 
 
