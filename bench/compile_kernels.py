@@ -40,6 +40,8 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# One table a version of Triton: what a compiler gives is its own.
+RESULTS = f"kernels_compiled_triton_{triton.__version__}"
 # Per chip, from the vendors' tuning guides: shared memory of a block and of a multiprocessor in bytes, registers of a
 # multiprocessor, its warps (for AMD: of a compute unit, whose 4 SIMDs hold 512 registers a lane and 8 waves each).
 _AMPERE, _CONSUMER, _HOPPER, _CDNA = (166_912, 167_936), (101_376, 102_400), (232_448, 233_472), (65_536, 65_536)
@@ -161,11 +163,12 @@ def describe(chip: str, kernel: Any) -> dict[str, Any]:
     metadata, target = kernel.metadata, TARGETS[chip]
     if target.backend == "cuda":
         registers, spilled = _cuda_resources(kernel.asm["cubin"])
+        overlap = overlap_of(kernel.asm["cubin"]) if chip == "sm_90" else {}
         text = kernel.asm["ptx"]
         wide = len(re.findall(r"ld\.global\.(?:\w+\.)*(?:v4\.b32|v2\.b64)|cp\.async\.\S+ .*, 0x10", text))
         matrix = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", text)))
     else:
-        text = kernel.asm["amdgcn"]
+        text, overlap = kernel.asm["amdgcn"], {}
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1])
         spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]) * 4
         wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
@@ -181,18 +184,39 @@ def describe(chip: str, kernel: Any) -> dict[str, Any]:
         "chip": chip, "kernel": metadata.name, "warps": metadata.num_warps, "stages": metadata.num_stages,
         "registers": registers, "spilled_bytes": spilled, "shared_bytes": metadata.shared,
         "occupancy": round(min(blocks) * metadata.num_warps / WARPS[target.backend], 3),
-        "matrix_instructions": matrix, "loads_of_16_bytes": wide,
+        "matrix_instructions": matrix, "loads_of_16_bytes": wide, **overlap,
     }  # fmt: skip
 
 
-def _cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack (spills) of the only kernel in a cubin."""
+def overlap_of(cubin: bytes) -> dict[str, int]:
+    """How a Hopper kernel keeps its matrix unit busy, in the order of its instructions: asynchronous products (HGMMA),
+    waits for them (a product each is what ptxas does to a kernel that it can't order), exponentials in all and those
+    between a product's start and the wait for it. Nothing for a kernel without such products."""
+    products = waits = exponentials = hidden = 0
+    running = False
+    for line in _cuobjdump(cubin, "--dump-sass").splitlines():
+        if "HGMMA" in line:
+            products, running = products + 1, True
+        elif "WARPGROUP.DEPBAR" in line:
+            waits, running = waits + 1, False
+        elif "MUFU.EX2" in line:
+            exponentials, hidden = exponentials + 1, hidden + running
+    if not products:
+        return {}
+    return {"products": products, "waits": waits, "exponentials": exponentials, "exponentials_under_products": hidden}
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack (spills) of the only kernel in a cubin."""
+    usage = _cuobjdump(cubin, "--dump-resource-usage")
     return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
 
 
@@ -224,7 +248,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chips", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--name", default="kernels_compiled")
+    parser.add_argument("--name", default=RESULTS)
     options = parser.parse_args()
     rows = table(options.chips)
     show(rows)

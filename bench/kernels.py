@@ -301,7 +301,7 @@ def main() -> None:
         log("no GPU here, so no times. What the compiler makes of the kernels (python -m bench.compile_kernels):")
         from bench.compile_kernels import show as show_compiled
 
-        show_compiled(json.loads((RESULTS / "kernels_compiled.json").read_text())["rows"])
+        show_compiled(json.loads((RESULTS / "kernels_compiled_triton_3.6.0.json").read_text())["rows"])
         return
     device = torch.device("cuda")
     if options.once:
