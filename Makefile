@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-emulated lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels test-integrations test-clients test-browser test-load docs dist clean
+.PHONY: demo test test-emulated lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels gpu-check test-integrations test-clients test-browser test-load docs dist clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
@@ -72,6 +72,15 @@ bench-pairs-peers: .venv-integrations/done
 		--workloads "100 x 128, query of 10" "100 x 512, query of 10" \
 		--providers sentence-transformers-float32 $(PAIR_PROVIDERS)
 
+# On a machine with a GPU: is everything right there, how fast is it, and one file to send. PyTorch brings its Triton.
+.venv-gpu/done: pyproject.toml constraints.txt
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+gpu-check: .venv-gpu/done
+	.venv-gpu/bin/python -m bench.gpu_check
+
 bench-kernels: .venv/test
 	$(BIN)/python -m bench.kernels
 
@@ -137,4 +146,4 @@ test-load: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-integrations .venv-clients .venv-docs .venv-dist build dist site
+	rm -rf .venv .venv-bench .venv-gpu .venv-integrations .venv-clients .venv-docs .venv-dist build dist site

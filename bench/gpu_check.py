@@ -1,10 +1,10 @@
-"""Everything a first meeting with a GPU needs, in under eight minutes; `python -m bench.gpu_check`.
+"""Everything a first meeting with a GPU needs; `make gpu-check`, or `python -m bench.gpu_check`.
 
-1. every kernel and the whole model against the truth (the test files, on the device)
-2. every kernel's time beside its peers
-3. end to end against Transformers: eager passes and CUDA graphs
-4. memory of one pass of 131k tokens
-Each part is reported whether or not another failed; results/gpu_check.json and .csv; exit status 1 if any part failed.
+Each part runs in a process of its own with a time limit, so that a lost device or a hang costs one part alone, and
+results are written after each: what the device is (clocks, power, throttling, before and after), the kernels' tests,
+the self-check of three shapes with repetitions beside a busy stream, end to end against Transformers, memory of one
+pass of 131k tokens, every kernel's time, tiles of attention, where a pass's seconds go, and the kernels' peers last.
+One summary is printed; `results/gpu_check.json` is the file to attach to an issue. Exit status 1 if any part failed.
 `--tiny` runs the same on tiny shapes, in Triton's interpreter where there is no GPU, so that it is known to work.
 """
 
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,27 @@ from bench.measure import write_results
 from lastrerank.speed import interleaved
 
 ROOT = Path(__file__).parent.parent
+Rows = list[dict[str, Any]]
 
 
-def correctness(tiny: bool) -> list[dict[str, Any]]:
+def device_facts(tiny: bool, device: torch.device) -> Rows:
+    """What the driver says of the device: clocks and limits explain a time that is not what was hoped for."""
+    fields = ["name", "driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw",
+              "power.limit", "clocks_throttle_reasons.active", "temperature.gpu", "memory.total", "memory.used",
+              "mig.mode.current", "pcie.link.gen.current", "ecc.mode.current"]  # fmt: skip
+    facts: dict[str, Any] = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts = {"capability": list(torch.cuda.get_device_capability(device)),
+                 "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}  # fmt: skip
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        said = subprocess.run(command, capture_output=True, text=True).stdout.strip().split(", ")
+        facts |= dict(zip(fields, said, strict=False))
+    return [{"part": "device", **facts}]
+
+
+def correctness(tiny: bool, device: torch.device) -> Rows:
     """The kernels' tests on this device."""
     command = [sys.executable, "-m", "pytest", "tests/test_triton_kernels.py", "tests/test_graphs.py",
                "-p", "no:cacheprovider", *(["-k", "swiglu or bucket_gives"] if tiny else [])]  # fmt: skip
@@ -43,40 +64,73 @@ def correctness(tiny: bool) -> list[dict[str, Any]]:
     return [{"part": "correctness", "summary": summary}]
 
 
-def kernels(tiny: bool, device: torch.device) -> list[dict[str, Any]]:
-    from bench import kernels as bench
+def self_check(tiny: bool, device: torch.device) -> Rows:
+    """What `auto` asks of this machine, of the published shapes; on a GPU with repetitions, a graph and the time."""
+    from lastrerank import selfcheck
+    from lastrerank.checkpoint import open_checkpoint
+    from lastrerank.ops.triton import TritonOperations
 
-    if tiny:
-        rows = bench.run(["10x100"], lambda shape: 40, device, torch.float32, 64, documents=3)
-    else:
-        shapes = ["10x100", "100x145", "100x512", "125x1k"]
-        rows = bench.run(shapes, bench.prompt_tokens, device, torch.bfloat16, 8192)
-    return [{"part": "kernels", **row} for row in rows]
+    rows = []
+    dtype = torch.float32 if tiny else torch.bfloat16
+    for shape in ["tiny-v3.5"] if tiny else ["jina-reranker-v3", "jina-reranker-v3.5", "mxbai-rerank-base-v2"]:
+        with checkpoint(shape) as folder:
+            config = open_checkpoint(folder).config
+        started, doing = time.perf_counter(), [""]
+        try:
+            selfcheck.check(
+                TritonOperations(), config, device, dtype, doing.append, (1, 40) if tiny else selfcheck.LENGTHS
+            )
+            found = "right"
+        except Exception as error:
+            found = f"{type(error).__name__} when {doing[-1]}: {error}"
+        rows.append({"part": "self-check", "shape": shape, "found": found, "seconds": time.perf_counter() - started})
+        log(f"{shape}: {found}")
+    if any(row["found"] != "right" for row in rows):
+        raise PartFailedError(rows)
+    return rows
 
 
-def end_to_end(tiny: bool, device: torch.device, folder: Path) -> list[dict[str, Any]]:
+def end_to_end(tiny: bool, device: torch.device) -> Rows:
+    """Text in, scores out, of both published shapes; then several lists in one call."""
+    rows = []
+    for shape in ["tiny"] if tiny else ["jina-reranker-v3", "jina-reranker-v3.5"]:
+        with checkpoint(shape) as folder:
+            rows += [{"model": shape, **row} for row in _one_model(tiny, device, folder)]
+    return rows
+
+
+def _one_model(tiny: bool, device: torch.device, folder: Path) -> Rows:
     """Text in, scores out. Scores are compared with Transformers' first; a shape where they differ is left out."""
     from bench.baseline import TransformersReranker
     from bench.end_to_end import make_requests
 
     dtype = "float32" if tiny else "bfloat16"
-    eager, graphed = ours(folder, device, dtype), ours(folder, device, dtype)
+    eager = graphed = ours(folder, device, dtype)
     if device.type == "cuda":
+        graphed = ours(folder, device, dtype)
         graphed.warmup()
-    plain = TransformersReranker(folder, getattr(torch, dtype), "sdpa", str(device))
+    fastest = "flash_attention_2" if device.type == "cuda" and find_spec("flash_attn") else "sdpa"
+    plain = TransformersReranker(folder, getattr(torch, dtype), fastest, str(device))
+    baseline = f"transformers {fastest}"
+    float8 = None
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        float8 = ours(folder, device, "float8")
     rows = []
-    for shape in [(1, 2, 5, 7)] if tiny else [(1, 10, 100, 7), (1, 10, 256, 7), (1, 100, 145, 7), (1, 100, 512, 7)]:
+    for shape in [(1, 1, 5, 7)] if tiny else [(1, 10, 100, 7), (1, 10, 256, 7), (1, 100, 145, 7), (1, 100, 512, 7)]:
         query, documents = make_requests(*shape, eager)[0]
         name = f"{shape[1]}x{shape[2]}"
         variants: dict[str, Callable[[], Any]] = {
-            "transformers sdpa": lambda q=query, d=documents: plain.block(q, d)[2],
+            baseline: lambda q=query, d=documents: plain.block(q, d)[2],
             "lastrerank triton": lambda q=query, d=documents: scores(eager, q, d),
-            "lastrerank triton graph": lambda q=query, d=documents: scores(graphed, q, d),
         }
-        truth, wrong = variants["transformers sdpa"](), []
+        if graphed is not eager:
+            variants["lastrerank triton graph"] = lambda q=query, d=documents: scores(graphed, q, d)
+        if float8 is not None:
+            variants["lastrerank float8"] = lambda q=query, d=documents: scores(float8, q, d)
+        truth, wrong = variants[baseline](), []
         for variant, call in variants.items():
             difference = float(abs(call() - truth).max())
-            if not difference <= (5e-5 if tiny else 5e-2):
+            if not difference <= (5e-5 if tiny else 0.2 if "float8" in variant else 5e-2):
                 wrong.append(f"{variant} on {name}: scores differ by {difference:.1e}")
         if wrong:
             rows.append({"part": "end to end", "shape": name, "left_out": "; ".join(wrong)})
@@ -84,18 +138,33 @@ def end_to_end(tiny: bool, device: torch.device, folder: Path) -> list[dict[str,
             continue
         times = interleaved(variants, 1 if tiny else 15, warmup=0 if tiny else 2)
         for variant, seconds in times.items():
-            ratio = times["transformers sdpa"]["median"] / seconds["median"]
+            ratio = times[baseline]["median"] / seconds["median"]
             rows.append({"part": "end to end", "shape": name, "provider": variant, "seconds": seconds, "ratio": ratio})
             log(f"{name:8} {variant:24} {seconds['median'] * 1e3:9.2f} ms  x {ratio:.2f}")
-    return rows
+    return rows + _many_lists(tiny, eager, graphed)
 
 
-def memory(tiny: bool, device: torch.device, folder: Path) -> list[dict[str, Any]]:
+def _many_lists(tiny: bool, eager: Any, graphed: Any) -> Rows:
+    """Sixteen lists packed in one call, beside one call each."""
+    from bench.end_to_end import as_request, make_requests
+
+    requests = [as_request(request) for request in make_requests(*((2, 1, 3, 7) if tiny else (16, 10, 100, 7)), eager)]
+    variants: dict[str, Callable[[], Any]] = {"packed": lambda: eager.rerank_many(requests)}
+    if graphed is not eager:
+        variants["one by one"] = lambda: [eager.rerank_many([request]) for request in requests]
+        variants["one by one, graphs"] = lambda: [graphed.rerank_many([request]) for request in requests]
+    times = interleaved(variants, 1 if tiny else 10, warmup=0 if tiny else 2)
+    return [{"part": "end to end", "shape": f"{len(requests)} lists", "provider": name, "seconds": seconds}
+            for name, seconds in times.items()]  # fmt: skip
+
+
+def memory(tiny: bool, device: torch.device) -> Rows:
     """Peak above the weights of one list: 63 documents of 2,048 tokens are 131k rows."""
     from bench.end_to_end import make_requests
 
-    reranker = ours(folder, device, "float32" if tiny else "bfloat16")
-    query, documents = make_requests(*((1, 2, 5, 7) if tiny else (1, 63, 2048, 7)), reranker)[0]
+    with checkpoint("tiny" if tiny else "jina-reranker-v3") as folder:
+        reranker = ours(folder, device, "float32" if tiny else "bfloat16")
+    query, documents = make_requests(*((1, 1, 5, 7) if tiny else (1, 63, 2048, 7)), reranker)[0]
     scores(reranker, query, documents[:1])
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -107,6 +176,86 @@ def memory(tiny: bool, device: torch.device, folder: Path) -> list[dict[str, Any
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
     log(f"{len(documents)} documents: {seconds:.2f} s, {peak / 2**30:.2f} GiB above the weights")
     return [{"part": "memory", "documents": len(documents), "seconds": seconds, "peak_bytes": peak}]
+
+
+def tiles(tiny: bool, device: torch.device) -> Rows:
+    """Attention by tiles around the committed one: of the first chips to be met, the best are to be kept."""
+    from lastrerank.kernels import attention as kernel
+
+    from bench.kernels import HEAD_DIM, HEADS, KV_HEADS, timed
+
+    chip, dtype = kernel.chip(), torch.float32 if tiny else torch.bfloat16
+    committed = kernel.tile_of(dtype, HEAD_DIM, False)
+    tried = [committed] if tiny else [
+        committed, (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 64, 8, 3, 2), (128, 32, 8, 3, 1), (128, 32, 8, 3, 2),
+        (64, 64, 4, 3, 1), (64, 64, 4, 2, 2),
+    ]  # fmt: skip
+    rows = []
+    for length in [40] if tiny else [2048, 8192, 16384]:
+        shapes = [(length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+        starts = torch.tensor([0, length], dtype=torch.int32, device=device)
+        for tile in dict.fromkeys(tried):
+            kernel.TILES[chip] = tile
+
+            def attend(q: Any = q, k: Any = k, v: Any = v, cu: Any = starts, n: int = length) -> Any:
+                return kernel.attention(q, k, v, cu, n, None, HEAD_DIM**-0.5)
+
+            try:
+                attend()
+                rows.append({"part": "tiles", "length": length, "tile": list(tile), "milliseconds": timed(attend)})
+                log(f"{length:6} {tile!s:24} {rows[-1]['milliseconds']['median']:.3f} ms")
+            except Exception as error:  # too much shared memory, say
+                rows.append({"part": "tiles", "length": length, "tile": list(tile), "left_out": str(error)[:200]})
+    return rows
+
+
+def seconds(tiny: bool, device: torch.device) -> Rows:
+    """Where the time of one pass goes, by the profiler: kernels of an eager pass and of a graph's replay."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from bench.end_to_end import make_requests
+
+    rows = []
+    with checkpoint("tiny" if tiny else "jina-reranker-v3") as folder:
+        passes = {"eager": ours(folder, device, "float32" if tiny else "bfloat16")}
+        if device.type == "cuda":
+            passes["graph"] = ours(folder, device, "bfloat16")
+            passes["graph"].warmup()
+    for shape in [(1, 1, 5, 7)] if tiny else [(1, 10, 100, 7), (1, 100, 145, 7)]:
+        query, documents = make_requests(*shape, passes["eager"])[0]
+        for name, reranker in passes.items():
+            scores(reranker, query, documents)
+            activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+            with profile(activities=activities) as found:
+                scores(reranker, query, documents)
+            times = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in found.key_averages()}
+            longest = sorted(times.items(), key=lambda item: -item[1])[:15]
+            rows.append({"part": "seconds", "shape": f"{shape[1]}x{shape[2]}", "pass": name,
+                         "microseconds": {key[:80]: round(value, 1) for key, value in longest},
+                         "sum_microseconds": round(sum(times.values()), 1)})  # fmt: skip
+    return rows
+
+
+@contextmanager
+def checkpoint(shape: str) -> Iterator[Path]:
+    """A random one of a shape, for as long as it is loaded."""
+    from lastrerank.random_checkpoint import write_random_checkpoint
+
+    with tempfile.TemporaryDirectory() as name:
+        yield write_random_checkpoint(name, shape, overrides={"num_hidden_layers": 2} if "tiny" in shape else None)
+
+
+def kernels(tiny: bool, device: torch.device) -> Rows:
+    """Every kernel's time, beside its peers'."""
+    from bench import kernels as bench
+
+    if tiny:
+        rows = bench.run(["10x100"], lambda shape: 40, device, torch.float32, 64, documents=3)
+    else:
+        shapes = ["10x100", "100x145", "100x512", "125x1k"]
+        rows = bench.run(shapes, bench.prompt_tokens, device, torch.bfloat16, 8192)
+    return [{"part": "kernels", **row} for row in rows]
 
 
 def ours(folder: Path, device: torch.device, dtype: str) -> Any:
@@ -133,49 +282,95 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes; in the interpreter without a GPU")
-    parser.add_argument("--name", default="gpu_check")
-    options = parser.parse_args(arguments)
+class PartFailedError(Exception):
+    """A part that has rows to show and failed all the same."""
+
+    def __init__(self, rows: Rows) -> None:
+        super().__init__("see its rows")
+        self.rows = rows
+
+
+# In order, with seconds that each may take on a GPU: what must be known first, peers last.
+PARTS: dict[str, tuple[Callable[[bool, torch.device], Rows], float]] = {
+    "device": (device_facts, 60), "correctness": (correctness, 600), "self-check": (self_check, 300),
+    "end to end": (end_to_end, 300), "memory": (memory, 120), "tiles": (tiles, 240), "seconds": (seconds, 120),
+    "kernels": (kernels, 600), "device after": (device_facts, 60),
+}  # fmt: skip
+
+
+def run_part(part: str, tiny: bool) -> int:
+    """In a process of its own: the part's rows as JSON on standard output."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        if not options.tiny:
-            log("no GPU here: python -m bench.gpu_check --tiny runs the same in Triton's interpreter")
-            return 1
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            command = [sys.executable, "-m", "bench.gpu_check", "--tiny", "--name", options.name]
-            return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
         sys.path.append(str(ROOT / "tests"))
         from triton_interpreter import repair
 
         repair()
-    from lastrerank.random_checkpoint import write_random_checkpoint
+    try:
+        print(json.dumps(PARTS[part][0](tiny, device)))
+    except PartFailedError as failure:
+        print(json.dumps(failure.rows))
+        return 1
+    return 0
 
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_random_checkpoint(folder, "tiny" if options.tiny else "jina-reranker-v3")
-        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-            "correctness": lambda: correctness(options.tiny),
-            "kernels": lambda: kernels(options.tiny, device),
-            "end to end": lambda: end_to_end(options.tiny, device, folder),
-            "memory": lambda: memory(options.tiny, device, folder),
-        }
-        for part, call in parts.items():
-            started = time.perf_counter()
-            try:
-                rows += call()
-            except Exception:
-                rows.append({"part": part, "failed": traceback.format_exc(limit=-3)})
-                log(f"{part}: FAILED\n{traceback.format_exc()}")
-            log(f"-- {part}: {time.perf_counter() - started:.0f} s")
-    path = write_results(options.name, rows)
+
+def in_its_process(part: str, tiny: bool, limit: float) -> Rows:
+    """The part's rows, and one that says how it failed if it did."""
+    command = [sys.executable, "-m", "bench.gpu_check", "--part", part, *(["--tiny"] if tiny else [])]
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output)
+        try:
+            failed = f"status {process.returncode}" if process.wait(limit) else None
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            failed = f"no end within {limit:g} s"
+        output.seek(0)
+        written = output.read().strip().splitlines()
+    rows = json.loads(written[-1]) if written and written[-1].startswith("[") else []
+    return rows + ([] if failed is None else [{"part": part, "failed": failed}])
+
+
+def summary(rows: Rows) -> list[str]:
+    """What a person reads first."""
+    facts: dict[str, Any] = next((row for row in rows if row["part"] == "device"), {})
+    lines = [f"device        {facts.get('name', 'no GPU')}, driver {facts.get('driver_version', 'none')}"]
+    lines += [f"correctness   {row['summary']}" for row in rows if "summary" in row]
+    lines += [f"self-check    {row['shape']}: {row['found']}" for row in rows if "found" in row]
+    for row in rows:
+        if row["part"] == "end to end" and "ratio" in row:
+            milliseconds = f"{row['seconds']['median'] * 1e3:.2f} ms, {row['ratio']:.2f} x the baseline"
+            lines.append(f"end to end    {row['model']} {row['shape']} {row['provider']}: {milliseconds}")
+    lines += [f"memory        {row['peak_bytes'] / 2**30:.2f} GiB above the weights, {row['documents']} documents"
+              for row in rows if "peak_bytes" in row]  # fmt: skip
+    lines += [f"FAILED        {row['part']}: {row['failed']}" for row in rows if "failed" in row]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; in the interpreter without a GPU")
+    parser.add_argument("--name", default="gpu_check")
+    parser.add_argument("--part", choices=list(PARTS), help="one part, here: its rows on standard output")
+    options = parser.parse_args(arguments)
+    if options.part is not None:
+        return run_part(options.part, options.tiny)
+    if not torch.cuda.is_available() and not options.tiny:
+        log("no GPU here: python -m bench.gpu_check --tiny runs the same in Triton's interpreter")
+        return 1
+    rows: Rows = []
+    for part, (_, limit) in PARTS.items():
+        started = time.perf_counter()
+        rows += in_its_process(part, options.tiny, limit)
+        path = write_results(options.name, rows)
+        log(f"-- {part}: {time.perf_counter() - started:.0f} s")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+    log("\n".join([*summary(rows), f"everything is in {path}: attach this file to an issue"]))
     return 1 if any("failed" in row or (row["part"] == "end to end" and "left_out" in row) for row in rows) else 0
 
 

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # key tiles are half as tall. fp32 has no exact matrix unit.
 HEAD_DIMS = (64, 128)
 _FP32_TILE = (32, 32, 8, 1, 1)
-_TILES = {
+TILES = {
     "sm_90": (128, 64, 8, 2, 2), "sm_100": (128, 64, 8, 2, 2), "sm_103": (128, 64, 8, 2, 2),
     "hip": (128, 64, 8, 2, 1), "other": (128, 32, 8, 3, 1), "other 64": (128, 64, 8, 2, 1),
 }  # fmt: skip
@@ -184,16 +184,16 @@ def _attention_kernel(
         tl.store(target, result.to(out_ptr.dtype.element_ty), valid[:, None])
 
 
-def _tile(dtype: torch.dtype, head_dim: int, rows: bool) -> tuple[int, int, int, int, int]:
+def tile_of(dtype: torch.dtype, head_dim: int, rows: bool) -> tuple[int, int, int, int, int]:
     """The tile for this process's GPU: by chip, dtype, width and kind: no result depends on its company."""
     if dtype == torch.float32:
         return _FP32_TILE
     if rows:
         return _ROWS_TILE
-    return _TILES.get(_chip(), _TILES["other 64" if head_dim == 64 else "other"])
+    return TILES.get(chip(), TILES["other 64" if head_dim == 64 else "other"])
 
 
-def _chip() -> str:
+def chip() -> str:
     if triton.knobs.runtime.interpret:
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
@@ -202,9 +202,9 @@ def _chip() -> str:
 
 def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
     """x `[T, H, d]` as the copy engine of Hopper and later wants it: tiles `[block_n, d]`; None where it can't."""
-    chip, size = _chip(), x.element_size()
+    size = x.element_size()
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
-    if not aligned or x.dtype == torch.float32 or len(x) < block_n or chip not in _COPY_ENGINE:
+    if not aligned or x.dtype == torch.float32 or len(x) < block_n or chip() not in _COPY_ENGINE:
         return None
     width = x.shape[1] * x.shape[2]
     return TensorDescriptor(x, [len(x), width], [x.stride(0), 1], [block_n, x.shape[2]])
@@ -212,7 +212,7 @@ def _descriptor(x: torch.Tensor, block_n: int) -> TensorDescriptor | None:
 
 def tile_rows(dtype: torch.dtype, head_dim: int, group: int) -> int:
     """Rows of one tile of a pass over all rows, whose queries are those of `group` heads."""
-    return _tile(dtype, head_dim, False)[0] // group
+    return tile_of(dtype, head_dim, False)[0] // group
 
 
 def tiles_of(bounds: torch.Tensor, most: int, block_q: int, prefixes: torch.Tensor | None = None) -> torch.Tensor:
@@ -287,7 +287,7 @@ def attention(
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    block_m, block_n, warps, stages, step = _tile(q.dtype, head_dim, rows is not None)
+    block_m, block_n, warps, stages, step = tile_of(q.dtype, head_dim, rows is not None)
     if group > block_m:
         raise ValueError(f"q has {group} heads for each of k's, expected at most {block_m}")
     # The kernel knows no stride of what has one dimension.

@@ -45,6 +45,13 @@ def _fp32_products(device: str) -> tuple[Callable[[], Any], Callable[[Any], None
     return torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("highest",)
 
 
+def _half_sums(device: str) -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
+    """Whether parts of a 16-bit product are summed in fp32: by default a library may do it in 16 bit."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")] if device == "cuda" else []
+    return [(partial(getattr, matmul, name), partial(setattr, matmul, name), (False,)) for name in names]
+
+
 def _enter(device: str) -> None:
     """Set what is global in PyTorch, where it isn't as wanted, for as long as a pass is running."""
     with _lock:
@@ -52,7 +59,7 @@ def _enter(device: str) -> None:
         if _running[device] > 1:
             return
         cuda, restore = torch.backends.cuda, _to_put_back.setdefault(device, [])
-        wanted = [_fp32_products(device)] + [
+        wanted = [_fp32_products(device), *_half_sums(device)] + [
             (getattr(cuda, f"{name}_sdp_enabled"), getattr(cuda, f"enable_{name}_sdp"), (True,))
             for name in ("flash", "mem_efficient", "math")
         ]

@@ -40,12 +40,14 @@ class Float8Weight:
 
     def matmul(self, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         rows = x if isinstance(x, Float8Rows) else Float8Rows(*quantized_rows(x))
+        into = out if out is not None and out.is_contiguous() else None  # else it is copied there
         result = torch._scaled_mm(
-            rows.values, self.values.t(), scale_a=rows.scale, scale_b=self.scale.t(), out_dtype=torch.bfloat16
-        )
+            rows.values, self.values.t(), scale_a=rows.scale, scale_b=self.scale.t(), out_dtype=torch.bfloat16,
+            out=into,
+        )  # fmt: skip
         if bias is not None:
             result += bias
-        return result if out is None else out.copy_(result)
+        return result if out is None or out is into else out.copy_(result)
 
     def unpack(self) -> Tensor:
         raise ValueError("the weights are quantised to float8: what they were is not there any more")
