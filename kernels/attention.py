@@ -7,7 +7,8 @@ one running softmax. q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride, head
 `[R, Hq, d]`: the queries at these rows only. A tile holds BLOCK_Q positions times all query heads of one KV head, so
 keys and values are read once for the group. Logits, softmax and accumulator in fp32 (exp2, with log2(e) folded into the
 scale), probabilities rounded to v's dtype. A program belongs to one sequence, and its tiles depend on model constants
-and on whether a sequence of the pass continues another one: neighbours can't change a result otherwise. Output may be
+alone: neighbours can't change a result. Whether the copy engine fetches whole tiles depends on the tensors' alignment
+and number of rows; what is fetched, and so the result, doesn't. Output may be
 written over q.
 
 Work is a list of (sequence, tile of its rows), heaviest first over all sequences (`tiles_of`), a program for each and
@@ -33,7 +34,9 @@ TILES = {
     "hip": (128, 64, 8, 2, 1), "other": (128, 32, 8, 3, 1), "other 64": (128, 64, 8, 2, 1),
 }  # fmt: skip
 # Of the few rows that the last layer reads: small, so that they are spread over the whole chip.
-_ROWS_TILE = (16, 32, 8, 2, 1)
+_ROWS_TILE = (16, 32, 8, 3, 1)
+# Query heads of a KV head: a tile holds one position's at least.
+MOST_GROUP = _ROWS_TILE[0]
 # Chips whose copy engine fetches whole tiles (TMA). sm_120 has one, and compiled with it keeps 8 bytes on the stack.
 _COPY_ENGINE = ("sm_90", "sm_100", "sm_103")
 
@@ -288,8 +291,8 @@ def attention(
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     block_m, block_n, warps, stages, step = tile_of(q.dtype, head_dim, rows is not None)
-    if group > block_m:
-        raise ValueError(f"q has {group} heads for each of k's, expected at most {block_m}")
+    if group > MOST_GROUP:
+        raise ValueError(f"q has {group} heads for each of k's, expected at most {MOST_GROUP}")
     # The kernel knows no stride of what has one dimension.
     cu_seqlens, rows = cu_seqlens.contiguous(), None if rows is None else rows.contiguous()
     if prefixes is not None and prefixes.shape != (len(cu_seqlens) - 1, 2):

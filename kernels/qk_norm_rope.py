@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Heads of one program: 8 of 128 are 2 KiB in 16 bit, and 16 + 8 heads are three whole programs.
-_HEADS = 8
+# Elements of one program, 8 a thread: 8 heads of 128 (16 query and 8 key heads are three whole programs), 16 of 64.
+_ELEMENTS = 1024
 
 
 @triton.jit
@@ -105,9 +105,11 @@ def qk_norm_rope(
     # The kernel knows no stride of what has one dimension.
     q_weight, k_weight = (None if weight is None else weight.contiguous() for weight in (q_weight, k_weight))
     positions = positions.contiguous()
-    grid = (qkv.shape[0], triton.cdiv(num_heads + num_kv_heads, _HEADS))
+    half = triton.next_power_of_2(head_dim // 2)
+    heads = max(1, _ELEMENTS // (2 * half))
+    grid = (qkv.shape[0], triton.cdiv(num_heads + num_kv_heads, heads))
     _qk_norm_rope_kernel[grid](
         qkv, qkv if q_weight is None else q_weight, qkv if k_weight is None else k_weight, cos, sin, positions,
-        qkv.stride(0), num_heads, num_kv_heads, eps, HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2),
-        HEADS=_HEADS, NORM_Q=q_weight is not None, NORM_K=k_weight is not None, num_warps=4,
+        qkv.stride(0), num_heads, num_kv_heads, eps, HEAD_DIM=head_dim, HALF=half, HEADS=heads,
+        NORM_Q=q_weight is not None, NORM_K=k_weight is not None, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 
 # A product of fp32 by FMA keeps its operands in registers: a depth of 64 spills on every NVIDIA chip.
 _ROWS, _COLUMNS, _DEPTH = 16, 64, 32
-_DOCUMENTS = 16
+_DOCUMENTS = 8
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_rows"])

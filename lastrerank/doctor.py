@@ -46,8 +46,12 @@ def examine(device: str = "auto", model: str | Path = BUNDLED) -> dict[str, Any]
 def _kernels(device: torch.device, dtype: torch.dtype, model: str | Path) -> dict[str, Any]:
     """The verdict of `lastrerank.selfcheck`, made now if there is none."""
     if selfcheck.is_off():
-        return {"backend": "triton", "off": selfcheck.SWITCH}
+        return {"backend": "triton", "unchecked": f"{selfcheck.SWITCH} says so"}
     source = open_checkpoint(model)
+    try:
+        ops.select("triton", device, dtype, source.config)
+    except RuntimeError as reason:
+        return {"backend": "triton", "unchecked": str(reason)}
     return {"backend": "triton", "model": source.name,
             **asdict(selfcheck.verdict("triton", source.config, device, dtype))}  # fmt: skip
 

@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 
 from lastrerank.config import ModelConfig
+from lastrerank.isolation import isolated
 from lastrerank.kept import digest, write_file
 from lastrerank.ops import BACKENDS, Operations, Prefixes
 from lastrerank.ops.reference import ReferenceOperations
@@ -34,8 +37,8 @@ logger = logging.getLogger("lastrerank")
 
 LIMIT_S = 180
 SWITCH = "LASTRERANK_SELF_CHECK"
-# Lengths of the checks' sequences: one token, around a tile's edge, several tiles and a rest.
-LENGTHS = (1, 63, 64, 65, 129, 1025)
+# Lengths of the checks' sequences: one token, around a tile's edge, several tiles and a rest, neighbours on both sides.
+LENGTHS = (1, 63, 64, 1025, 65, 129)
 _REPETITIONS, _TIMED_TOKENS, _BUCKET = 50, 2048, 512
 # Beside twice the plain implementation's own error: so many roundings of the largest value. In fp32 that one is the
 # truth here, and another order of summation is no error.
@@ -45,7 +48,8 @@ _ROUNDINGS = {torch.float32: 64}
 @dataclass(frozen=True)
 class Verdict:
     """reason: what failed, None if nothing did. seconds: the check took. key: digest of what it holds for. lasting: it
-    is kept; a missing compiler, say, may be there the next time."""
+    is kept, which only right and wrong numbers and a crash are: whatever else stopped a check may be gone the next
+    time."""
 
     ok: bool
     reason: str | None
@@ -56,6 +60,10 @@ class Verdict:
 
 class _FailedError(Exception):
     """A check found something else than it should have."""
+
+
+class _SlowError(Exception):
+    """The kernels are slower than what they stand for; or something else was running."""
 
 
 def is_off() -> bool:
@@ -101,7 +109,7 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
 
 def cache_folder() -> Path:
     """Where verdicts are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # as it is where there is no home
     return Path(base) / "lastrerank" / "selfcheck"
 
 
@@ -115,63 +123,105 @@ def kept_verdict(key: str) -> Verdict | None:
 
 def verdict(
     backend: str, config: ModelConfig, device: torch.device, dtype: torch.dtype, *,
-    limit: float = LIMIT_S, command: Sequence[str] = (sys.executable, "-m", "lastrerank.selfcheck"),
+    limit: float = LIMIT_S, command: Sequence[str] = (),
 ) -> Verdict:  # fmt: skip
-    """The verdict on a backend for a model's shape, from the cache or from a check now (some ten seconds on a GPU).
+    """The verdict on a backend for a model's shape, from the cache or from a check now.
 
     Args:
         limit: seconds.
-        command: what makes the check, of a specification on its standard input.
+        command: what makes the check, of a specification on its standard input; default: `main`, by this Python.
     """
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     found = facts(backend, config, device, dtype)
     key = digest(found)
     kept = kept_verdict(key)
     if kept is not None:
         return kept
-    logger.info("checking the backend %s for this model's shape, once", backend)
-    specification = {"backend": backend, "config": asdict(config), "device": str(device), "dtype": str(dtype)}
-    started = time.monotonic()
-    reason, lasting = _run(command, json.dumps(specification), limit)
-    new = Verdict(reason is None, reason, round(time.monotonic() - started, 1), key, lasting)
-    if lasting:
+    with _one_at_a_time(key):
+        kept = kept_verdict(key)  # which another process may have found meanwhile
+        if kept is not None:
+            return kept
+        logger.info("checking the backend %s for this model's shape, once", backend)
+        specification = {"backend": backend, "config": asdict(config), "device": str(device), "dtype": str(dtype)}
+        started = time.monotonic()
         try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"verdict": asdict(new), "of": found}, indent=1)
-            write_file(cache_folder() / f"{key}.json", content)
-        except OSError as error:  # a home that can't be written to
-            logger.info("the verdict on %s isn't kept: %s", backend, error)
-    return new
+            reason, lasting = _run(command or _command(), json.dumps(specification), limit)
+        except OSError as error:  # no process could be started
+            reason, lasting = f"the check could not be started: {error}", False
+        new = Verdict(reason is None, reason, round(time.monotonic() - started, 1), key, lasting)
+        if lasting:
+            try:
+                content = json.dumps({"verdict": asdict(new), "of": found}, indent=1)
+                write_file(cache_folder() / f"{key}.json", content)
+            except OSError as error:  # a home that can't be written to
+                logger.info("the verdict on %s isn't kept: %s", backend, error)
+        return new
+
+
+@contextmanager
+def _one_at_a_time(key: str) -> Iterator[None]:
+    """Workers that start together check once: on one GPU several checks would disturb each other's time."""
+    import fcntl
+
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        file = (cache_folder() / f".{key}.lock").open("a")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _command() -> Sequence[str]:
+    """This Python with this process's own path, and nothing of the folder it stands in."""
+    code = "import json, sys; sys.path[:] = json.loads(sys.argv[1])\nfrom lastrerank.selfcheck import main\nmain()"
+    return (sys.executable, "-I", "-c", code, json.dumps(sys.path))
 
 
 def _run(command: Sequence[str], specification: str, limit: float) -> tuple[str | None, bool]:
     """What failed, or None, and whether that lasts."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as output,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+    ):
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=output, stderr=errors, text=True, start_new_session=True
         )
+        ended = True
         try:
-            output, _ = process.communicate(specification, timeout=limit)
-            ended = True
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+            process.communicate(specification, timeout=limit)
+        except subprocess.TimeoutExpired:  # with the compilers that it may have started; a driver may hold it longer
             ended = False
+            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        output.seek(0)
         errors.seek(0)
+        said = _objects(output.read())
         last_error = (errors.read().strip().splitlines() or [""])[-1]
-    said = []
-    for line in output.splitlines():
-        try:
-            said.append(json.loads(line))
-        except ValueError:  # a library's own words
-            continue
     doing = next((entry["checking"] for entry in reversed(said) if "checking" in entry), "it started")
     if not ended:
-        return f"no end within {limit:g} s, when {doing}", True
+        return f"no end within {limit:g} s, when {doing}", False
     result = said[-1] if said and "ok" in said[-1] else None
     if result is None or process.returncode:
-        return f"the check ended with status {process.returncode}, when {doing}: {last_error:.200}", True
+        crashed = process.returncode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL)
+        illegal = crashed or "illegal" in last_error  # access or instruction: an error of the device, by its name
+        return f"the check ended with status {process.returncode}, when {doing}: {last_error:.200}", illegal
     return (None, True) if result["ok"] else (result["reason"], result["lasting"])
+
+
+def _objects(text: str) -> list[dict[str, Any]]:
+    """Lines that are JSON objects; libraries may have their own words between them."""
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                found.append(entry)
+    return found
 
 
 # In the process of its own.
@@ -196,8 +246,8 @@ def main() -> None:
         check(BACKENDS[given["backend"]](device, dtype), config, device, dtype, begin)
     except _FailedError as error:
         print(json.dumps({"ok": False, "reason": str(error), "lasting": True}))
-    except torch.cuda.OutOfMemoryError as error:
-        print(json.dumps({"ok": False, "reason": f"out of memory: {error}", "lasting": False}))
+    except (_SlowError, torch.cuda.OutOfMemoryError) as error:
+        print(json.dumps({"ok": False, "reason": str(error), "lasting": False}))
     else:
         print(json.dumps({"ok": True}))
 
@@ -206,13 +256,14 @@ def missing_for_triton() -> str | None:
     """Triton builds its launcher with a C compiler and Python's headers at the first launch."""
     import sysconfig
 
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
         return "no C compiler was found (gcc, clang, or what CC names), which Triton needs"
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    scheme = sysconfig.get_default_scheme()
+    paths = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)  # as Triton has it
+    headers = Path(paths["include"]) / "Python.h"
     return None if headers.is_file() else f"{headers} is missing, which Triton needs (python3-dev)"
 
 
-@torch.inference_mode()
 def check(
     operations: Operations,
     config: ModelConfig,
@@ -231,6 +282,14 @@ def check(
     Raises:
         _FailedError: with what is wrong, and by how much.
     """
+    with isolated(device):
+        _check(operations, config, device, dtype, begin, lengths)
+
+
+def _check(
+    operations: Operations, config: ModelConfig, device: torch.device, dtype: torch.dtype,
+    begin: Callable[[str], None], lengths: Sequence[int],
+) -> None:  # fmt: skip
     kind = torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
     context = _Context(operations, config, device, kind, torch.Generator(device).manual_seed(0))
     begin("norms and the gate ran")
@@ -320,8 +379,7 @@ def _check_rotary(context: _Context) -> None:
     config, eps = context.config, context.config.rms_norm_eps
     rows, half = 63, config.head_dim // 2
     positions = torch.arange(rows, device=context.device) * 7
-    angle = positions.max() + 1
-    table = torch.rand(int(angle), half, generator=context.generator, device=context.device)
+    table = torch.rand(int(positions.max()) + 1, half, generator=context.generator, device=context.device)
     weight = context.randn(config.head_dim, scale=0.1, offset=1) if config.qk_norm else None
     for heads, kv_heads in (
         (config.num_heads, config.num_kv_heads), (config.num_heads, 0), (0, config.num_kv_heads)
@@ -376,13 +434,13 @@ def _check_attention(context: _Context, window: int | None, lengths: Sequence[in
     continued = own.attention(q, k, v, cu, sizes, window, scale, prefixes=prefixes)[:rows]
     context.compare(f"{what} of what continues", continued, partial(exact, prefixes=prefixes), *inner)
 
-    # Neighbours of the middle sequence are NaN: nothing of it changes. Then over the queries themselves.
-    middle = slice(int(cu[len(lengths) // 2]), int(cu[len(lengths) // 2 + 1]))
-    expected = found[middle].clone()
+    # Neighbours of the longest sequence are NaN: nothing of it changes. Then over the queries themselves.
+    alone = slice(before[0], before[0] + before[1])
+    expected = found[alone].clone()
     for x in (q, k, v):
-        x[: middle.start], x[middle.stop : rows] = float("nan"), float("nan")
+        x[: alone.start], x[alone.stop : rows] = float("nan"), float("nan")
     for target in (None, q):
-        again = own.attention(q, k, v, cu, sizes, window, scale, out=target)[middle]
+        again = own.attention(q, k, v, cu, sizes, window, scale, out=target)[alone]
         if not torch.equal(again, expected):
             where = "beside NaN" if target is None else "in place"
             raise _FailedError(f"{what} {where} is not what it was before")
@@ -398,19 +456,16 @@ def _check_readouts(context: _Context) -> None:
         for x in ([0, 1, 3, 4, 6, 7], [2, 5, 8], [0, 0, 1, 1, 2, 2], [0, 0, 1])
     )
 
-    def score(
-        operations: Operations, x: torch.Tensor, n: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor
-    ) -> torch.Tensor:
-        """Vectors and scores in one."""
-        found = operations.score(x, docs, queries, of_docs, of_sequences, n, w1, w2, eps)
-        return torch.cat([part.flatten() for part in found])
+    def score(operations: Operations) -> tuple[torch.Tensor, ...]:
+        return operations.score(hidden, docs, queries, of_docs, of_sequences, norm, w1, w2, eps)
 
-    context.compare(
-        "the score of documents", score(own, hidden, norm, w1, w2), partial(score, reference), hidden, norm, w1, w2
-    )
+    # In fp32 whatever the dtype of states and weights is.
+    names = ("document vectors", "query vectors", "the score of documents")
+    for name, found_part, exact in zip(names, score(own), score(reference), strict=True):
+        context.expect(name, _distance(found_part, exact), 1e-3 * float(exact.abs().max()))
     vector = torch.randn(width, generator=context.generator, device=context.device) * width**-0.5
-    found = own.logit(hidden, norm, vector, eps)
-    context.compare("logit", found, partial(reference.logit, eps=eps), hidden, norm, vector)
+    exact = reference.logit(hidden, norm, vector, eps)
+    context.expect("logit", _distance(own.logit(hidden, norm, vector, eps), exact), 1e-3 * float(exact.abs().max()))
 
 
 def _two_layers(context: _Context, operations: Operations, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -477,18 +532,27 @@ def _check_model(context: _Context, lengths: Sequence[int], quantised: bool) -> 
 
 def _check_repetitions(context: _Context, lengths: Sequence[int]) -> None:
     (q, k, v), cu = _packed(context, lengths)
-    window, scale, rows = context.config.layer_windows[0], context.config.head_dim**-0.5, sum(lengths)
+    config, rows, sizes = context.config, sum(lengths), tuple(lengths)
+    q, k, v = q[:rows], k[:rows], v[:rows]
+    tiles = context.operations.attention_tiles(
+        cu, sizes, config.num_heads, config.num_kv_heads, config.head_dim, context.dtype
+    )
+    busy, noise = torch.cuda.Stream(context.device), context.randn(2048, 2048)
+    busy.wait_stream(torch.cuda.current_stream(context.device))
+    for window in dict.fromkeys(config.layer_windows):
 
-    def attend() -> torch.Tensor:
-        return context.operations.attention(q, k, v, cu, tuple(lengths), window, scale)[:rows]
+        def attend(window: int | None = window) -> torch.Tensor:
+            return context.operations.attention(
+                q, k, v, cu, sizes, window, config.head_dim**-0.5, tiles=tiles
+            ).clone()
 
-    busy, first = torch.cuda.Stream(context.device), attend()
-    noise = context.randn(2048, 2048)
-    for number in range(_REPETITIONS):
-        with torch.cuda.stream(busy):
-            noise = noise @ noise * 1e-3
-        if not torch.equal(attend(), first):
-            raise _FailedError(f"attention gives other bits at repetition {number + 1}")
+        first = attend()
+        for number in range(_REPETITIONS):
+            with torch.cuda.stream(busy):
+                for _ in range(20):
+                    torch.mm(noise, noise)
+            if not torch.equal(attend(), first):
+                raise _FailedError(f"attention gives other bits at repetition {number + 1}")
     torch.cuda.synchronize(context.device)
 
 
@@ -528,8 +592,8 @@ def _check_time(context: _Context, own: Any, plain: Any) -> None:
         return min(times[1:])
 
     ours, theirs = seconds(own), seconds(plain)
-    if ours > 1.1 * theirs:
-        raise _FailedError(f"it takes {ours * 1e3:.2f} ms where the reference takes {theirs * 1e3:.2f} ms")
+    if ours > 1.2 * theirs:  # two layers are short: launches, and a list of tiles that a whole pass makes once
+        raise _SlowError(f"it takes {ours * 1e3:.2f} ms where the reference takes {theirs * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{name} differs by {difference:.1e} from the reference" for name, difference in check["difference"].items()
     ))  # fmt: skip
     kernels = report["kernels"]
-    if kernels is not None and "off" in kernels:
-        lines.append(f"{'kernels':14} not checked: {kernels['off']} says so, and \"auto\" takes the reference")
+    if kernels is not None and "unchecked" in kernels:
+        lines.append(f"{'kernels':14} not checked: {kernels['unchecked']}; \"auto\" takes the reference")
     elif kernels is not None:
         found = "right" if kernels["ok"] else f"REFUSED: {kernels['reason']}"
         lines.append(

@@ -104,7 +104,8 @@ def test_gpu_check_runs_on_tiny_shapes(tmp_path):
     rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
     assert [row for row in rows if "failed" in row or "left_out" in row] == []
     assert list(dict.fromkeys(row["part"] for row in rows)) == [
-        "device", "correctness", "self-check", "end to end", "memory", "tiles", "seconds", "kernels"
+        "device", "correctness", "self-check", "end to end", "memory", "tiles", "seconds", "kernels",
+        "device after",
     ]  # fmt: skip
     assert "attach this file to an issue" in done.stderr and "self-check    tiny-v3.5: right" in done.stderr
     timed = {(row["kernel"], row["provider"]) for row in rows if "milliseconds" in row}

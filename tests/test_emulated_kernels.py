@@ -168,6 +168,20 @@ def test_attention_of_sequences_that_continue_others():
     check(found, lambda *x: truth.attention(*x, lengths, None, 0.125, None, prefixes.host), q, k, v)
 
 
+def test_without_the_copy_engine_the_bits_are_the_same():
+    """Rows that are not aligned for it are fetched by ordinary copies, by another compiled kernel."""
+    (q, k, v), cu = packed((300,), 64)
+    shifted = []
+    for x in (k, v):
+        apart = torch.full((300, 68), float("nan"), dtype=BF16)  # a stride that is no multiple of 16 bytes
+        apart[:, 2:66] = x.flatten(1)
+        shifted.append(apart[:, 2:66].unflatten(1, (1, 64)))
+    with emulating("sm_90"):
+        fetched = operations.attention(q, k, v, cu, (300,), None, 0.1)
+        copied = operations.attention(q, *shifted, cu, (300,), None, 0.1)
+    assert torch.equal(fetched, copied)
+
+
 def test_neighbours_change_no_bit():
     (q, k, v), _ = packed((70, 300, 65), 128)
     own = slice(70, 370)

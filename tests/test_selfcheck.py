@@ -15,7 +15,7 @@ from lastrerank.checkpoint import open_checkpoint
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.show import report_lines
 
-LENGTHS = (1, 63, 65, 130)
+LENGTHS = (1, 63, 130, 65)
 CPU = torch.device("cpu")
 
 
@@ -124,7 +124,7 @@ def another_query(call, hidden, doc_rows, query_rows, *rest):
     ("attention", not_in_place, "in place is not"),
     ("attention", wrong_rows, "of read rows is off by"),
     ("attention", no_prefix, "of what continues is off by"),
-    ("score", another_query, "score of documents is off by"),
+    ("score", another_query, "query vectors is off by"),
     ("logit", a_little_off, "logit is off by"),
     ("linear", a_little_off, "state after two layers is off by"),
 ])  # fmt: skip
@@ -133,18 +133,21 @@ def test_a_planted_fault_is_named(config, operation, fault, message):
         check(Planted(operation, fault), config)
 
 
-def test_compiled_kernels_pass_in_the_emulator(config):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_compiled_kernels_pass_in_the_emulator(config, dtype):
     """What a GPU would be given: two heads of one KV head, a window, one token and more than a tile."""
     pytest.importorskip("triton", reason="Triton is not installed")
     if sys.platform != "linux":
         pytest.skip("Triton compiles on Linux")
     from emulator import emulating
 
+    from lastrerank.ops.float8 import Float8Operations
     from lastrerank.ops.triton import TritonOperations
 
+    operations = TritonOperations() if dtype == torch.bfloat16 else Float8Operations()
     small = replace(config, num_heads=2, num_kv_heads=1, layer_windows=(50,), intermediate_size=128)
     with emulating("sm_90") as launches:
-        selfcheck.check(TritonOperations(), small, CPU, torch.bfloat16, lambda what: None, (1, 70))
+        selfcheck.check(operations, small, CPU, dtype, lambda what: None, (1, 70))
     assert {launch.kernel for launch in launches} >= {"_attention_kernel", "_rms_norm_kernel", "_swiglu_kernel"}
 
 
@@ -185,9 +188,10 @@ def test_what_may_change_a_result_changes_the_key(config, monkeypatch):
     ("import os, json; print(json.dumps({'checking': 'attention ran'}), flush=True); os.abort()",
      r"ended with status -6, when attention ran"),
     ("raise SystemError('illegal memory access')", "ended with status 1, when it started: .*illegal memory access"),
+    ("import json; print(5); print('null'); print(json.dumps({'ok': False, 'reason': 'wrong', 'lasting': True}))",
+     "^wrong$"),
     ("import json; print('a library speaks'); print(json.dumps({'ok': False, 'reason': 'wrong', 'lasting': True}))",
      "^wrong$"),
-    ("print('no verdict')", "ended with status 0"),
 ])  # fmt: skip
 def test_how_a_check_may_end(config, code, message):
     found = verdict(config, code)
@@ -201,6 +205,28 @@ def test_a_check_that_hangs_is_stopped(config):
     hangs = "import json, time; print(json.dumps({'checking': 'attention ran'}), flush=True); time.sleep(60)"
     found = verdict(config, hangs, limit=1.5)
     assert not found.ok and found.reason == "no end within 1.5 s, when attention ran" and found.seconds < 30
+    assert verdict(config, "import json; print(json.dumps({'ok': True}))").ok  # a loaded machine is no reason for ever
+
+
+@pytest.mark.parametrize("code", ["print('no verdict')", "import nothing_of_this_name", "import sys; sys.exit(3)"])
+def test_what_says_nothing_of_the_kernels_is_not_kept(config, code):
+    assert "ended with status" in verdict(config, code).reason
+    assert verdict(config, "import json; print(json.dumps({'ok': True}))").ok
+
+
+def test_a_check_that_can_not_be_started_is_no_crash(config):
+    found = selfcheck.verdict("reference", config, CPU, torch.float32, command=("/no/such/python",))
+    assert not found.ok and "could not be started" in found.reason and not found.lasting
+
+
+def test_workers_that_start_together_check_once(config, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    code = f"import json, time; open({str(tmp_path / 'made')!r}, 'a').write('x'); time.sleep(0.5)\n"
+    code += "print(json.dumps({'ok': True}))"
+    with ThreadPoolExecutor(3) as pool:
+        assert all(found.ok for found in pool.map(lambda _: verdict(config, code), range(3)))
+    assert (tmp_path / "made").read_text() == "x"
 
 
 def test_a_missing_compiler_is_named_and_looked_for_again(config, monkeypatch):
@@ -274,6 +300,8 @@ def test_a_shape_that_kernels_do_not_serve_is_refused_at_load(config, monkeypatc
     monkeypatch.setitem(ops.BACKENDS, "triton", lambda device, dtype: TritonOperations())
     with pytest.raises(RuntimeError, match=r"head_dim is 96, its kernels serve \(64, 128\)"):
         ops.select("triton", CPU, torch.float32, replace(config, head_dim=96))
+    with pytest.raises(RuntimeError, match="32 query heads a key head, its kernels serve 16"):
+        ops.select("triton", CPU, torch.float32, replace(config, num_heads=32, num_kv_heads=1))
 
 
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -292,4 +320,5 @@ def test_doctor_shows_the_verdict():
     assert report_lines(report | {"kernels": kernels})[-1].split(maxsplit=1)[1] == (
         "triton for the shape of a-model: REFUSED: wrong (12.5 s, abcabcabcabc)"
     )
-    assert "not checked: LASTRERANK" in report_lines(report | {"kernels": {"off": selfcheck.SWITCH}})[-1]
+    unchecked = report_lines(report | {"kernels": {"unchecked": f"{selfcheck.SWITCH} says so"}})
+    assert "not checked: LASTRERANK" in unchecked[-1]

@@ -15,8 +15,9 @@ from torch import Tensor
 from lastrerank.kernels.rms_norm import quantized_rows
 from lastrerank.kernels.swiglu import quantized_swiglu
 from lastrerank.ops import Weight
-from lastrerank.ops.triton import TritonOperations
+from lastrerank.ops.triton import TritonOperations, on_its_device
 
+_rows, _gate = on_its_device(quantized_rows), on_its_device(quantized_swiglu)
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -39,7 +40,7 @@ class Float8Weight:
         self.values = (weight / self.scale).to(torch.float8_e4m3fn)
 
     def matmul(self, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        rows = x if isinstance(x, Float8Rows) else Float8Rows(*quantized_rows(x))
+        rows = x if isinstance(x, Float8Rows) else Float8Rows(*_rows(x))
         into = out if out is not None and out.is_contiguous() else None  # else it is copied there
         result = torch._scaled_mm(
             rows.values, self.values.t(), scale_a=rows.scale, scale_b=self.scale.t(), out_dtype=torch.bfloat16,
@@ -60,10 +61,10 @@ class Float8Operations(TritonOperations):
         return Float8Weight(weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Any:
-        return Float8Rows(*quantized_rows(x, None, weight, eps))
+        return Float8Rows(*_rows(x, None, weight, eps))
 
     def add_rms_norm(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Any]:
-        return residual, Float8Rows(*quantized_rows(x, residual, weight, eps))
+        return residual, Float8Rows(*_rows(x, residual, weight, eps))
 
     def swiglu(self, gate_up: Tensor) -> Any:
-        return Float8Rows(*quantized_swiglu(gate_up))
+        return Float8Rows(*_gate(gate_up))

@@ -32,6 +32,9 @@ class TritonOperations(ReferenceOperations):
     def refuses(self, config: ModelConfig) -> str | None:
         if config.head_dim not in attention_kernel.HEAD_DIMS:
             return f"the model's head_dim is {config.head_dim}, its kernels serve {attention_kernel.HEAD_DIMS}"
+        group = config.num_heads // config.num_kv_heads
+        if group > attention_kernel.MOST_GROUP:
+            return f"the model has {group} query heads a key head, its kernels serve {attention_kernel.MOST_GROUP}"
         return None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -138,7 +141,7 @@ def _fake_tiles(
     return cu_seqlens.new_empty((most, 2), dtype=torch.int32)
 
 
-def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, whatever the tensors' own is: there it must be that of the first."""
 
     @wraps(kernel)
@@ -180,7 +183,7 @@ _OPERATIONS = (
 
 for _name, _schema, _kernel, _fake in _OPERATIONS:
     torch.library.define(f"lastrerank::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"lastrerank::{_name}", ("cpu", "cuda"), _on_its_device(_kernel))  # cpu: Triton's interpreter
+    torch.library.impl(f"lastrerank::{_name}", ("cpu", "cuda"), on_its_device(_kernel))  # cpu: Triton's interpreter
     torch.library.register_fake(f"lastrerank::{_name}", _fake)
 
 

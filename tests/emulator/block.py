@@ -236,10 +236,10 @@ class Block:
         return True
 
     def land(self, copy: Any) -> None:
-        places, raw, address, what = copy
-        self.shared.land(places, raw)
+        places, fetch, address, what = copy
+        self.shared.land(places, fetch().ravel())
         barrier = self.barrier_at(address, what)
-        barrier.bytes -= raw.size
+        barrier.bytes -= places.size
         if barrier.pending == 0 and barrier.bytes < 0:
             raise Fault(f"{what}: more bytes than the mbarrier expects")
         barrier.landing.append(places)

@@ -25,6 +25,7 @@ from .block import MODES, Block
 from .instructions import decode
 from .memory import GlobalMemory
 from .program import Program, parse
+from .units import TensorMap
 
 _programs: dict[str, tuple[Program, list[Any]]] = {}
 
@@ -88,10 +89,10 @@ def _execute(
         if isinstance(value, torch.Tensor):
             arguments.append(address(value))
         elif hasattr(value, "block_shape"):  # a tensor descriptor: the map, then sizes and strides
-            arguments += [_tensor_map(value), *value.shape, *value.strides]
+            arguments += [_tensor_map(value, address(value.base)), *value.shape, *value.strides]
         else:
             arguments.append(value)
-    arguments += [0] * (len(program.parameters) - len(arguments))  # scratch that these kernels don't use
+    arguments += [0] * 2  # scratch that Triton's launcher adds, which these kernels don't use
     if len(arguments) != len(program.parameters):
         raise ValueError(f"{program.name} has {len(program.parameters)} parameters, {len(arguments)} arguments")
     places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
@@ -125,9 +126,7 @@ def _program(kernel: Any, change: Callable[[str], str] | None) -> tuple[Program,
     return _programs[kernel.hash]
 
 
-def _tensor_map(descriptor: Any) -> tuple[np.ndarray, tuple[int, int]]:
-    """The matrix and the box that one copy fetches: rows of at most 128 bytes, the swizzle's width."""
-    base = descriptor.base
-    bits = torch.as_strided(base, descriptor.shape, descriptor.strides, base.storage_offset()).contiguous()
-    matrix = bits.view(torch.int16).numpy().view(np.uint16)
-    return matrix, (descriptor.block_shape[0], min(descriptor.block_shape[1], 64))
+def _tensor_map(descriptor: Any, address: int) -> TensorMap:
+    size = descriptor.base.element_size()
+    rows, columns = descriptor.block_shape
+    return TensorMap(address, *descriptor.shape, descriptor.strides[0] * size, size, rows, min(columns, 128 // size))

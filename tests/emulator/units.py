@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,32 @@ def _each_group(text: str, act: Callable[[Block, int], None]) -> Step:
 # Copies and mbarriers.
 
 
+@dataclass(frozen=True)
+class TensorMap:
+    """A matrix in global memory, strides and element sizes in bytes, and the box that one copy fetches: at most the
+    swizzle's 128 bytes wide."""
+
+    address: int
+    height: int
+    width: int
+    stride: int
+    size: int
+    rows: int
+    columns: int
+
+    def fetch(self, block: Block, row: int, column: int, text: str) -> np.ndarray:
+        """Bytes `[rows, columns * size]` from an element on; zeros outside of the matrix."""
+        box = np.zeros((self.rows, self.columns * self.size), np.uint8)
+        down = np.arange(max(0, -row), min(self.rows, self.height - row))
+        along = np.arange(max(0, -column), min(self.columns, self.width - column))
+        if len(down) and len(along):
+            first = self.address + (row + down) * self.stride
+            places = first[:, None] + (column + along) * self.size
+            raw = block.memory.read(places.ravel(), self.size, block.number, text)
+            box[down[0] : down[-1] + 1, along[0] * self.size : (along[-1] + 1) * self.size] = raw.reshape(len(down), -1)
+        return box
+
+
 def copy_instruction(instruction: Instruction, program: Program) -> Run | Step:
     if instruction.parts[0] == "mbarrier":
         return _mbarrier(instruction)
@@ -349,20 +376,18 @@ def _tensor_copy(instruction: Instruction) -> Run:
             return int(np.broadcast_to(value, len(here))[number])
 
         for number, lane in enumerate(here):
-            matrix, (rows, columns) = block.arguments[of_lane(descriptor(block, lanes), number)]
+            tensor: TensorMap = block.arguments[of_lane(descriptor(block, lanes), number)]
             column, row = (of_lane(x(block, lanes), number) for x in coordinates)
-            box = np.zeros((rows, columns), matrix.dtype)
-            inside = matrix[max(row, 0) : row + rows, max(column, 0) : column + columns]
-            box[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]] = inside
-            raw = box.view(np.uint8)
-            address = of_lane(target(block, lanes), number) + np.arange(raw.size).reshape(raw.shape)
-            if raw.shape[1] != 128 or address[0, 0] % 1024:
-                raise NotImplementedError(f"not modelled: rows of {raw.shape[1]} bytes at {address[0, 0]}")
+            across = tensor.columns * tensor.size
+            address = of_lane(target(block, lanes), number) + np.arange(tensor.rows * across).reshape(-1, across)
+            if across != 128 or address[0, 0] % 1024:
+                raise NotImplementedError(f"not modelled: rows of {across} bytes at {address[0, 0]}")
             places = (address ^ (((address >> 7) & 7) << 4)) - SHARED_BASE
             if places.min() < 0 or places.max() >= len(block.shared.bytes):
                 raise Fault(f"{text:.100}: outside of shared memory")
             block.shared.begin_copy(places.ravel(), np.array([lane // 32]), text)
-            block.tensor_copies.append((places.ravel(), raw.ravel(), of_lane(barrier(block, lanes), number), text))
+            fetch = partial(tensor.fetch, block, row, column, text)  # read when it arrives, not when it is asked for
+            block.tensor_copies.append((places.ravel(), fetch, of_lane(barrier(block, lanes), number), text))
             if block.mode == "eager":
                 block.land(block.tensor_copies.pop())
 
