@@ -102,13 +102,14 @@ def test_gpu_check_runs_on_tiny_shapes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
-    assert [row for row in rows if "failed" in row or "left_out" in row] == []
+    bad = [row for row in rows if "failed" in row or ("left_out" in row and row["part"] != "kernels")]
+    assert bad == []  # a peer of the kernels may not be installed
     assert list(dict.fromkeys(row["part"] for row in rows)) == [
         "device", "correctness", "self-check", "end to end", "memory", "tiles", "seconds", "kernels",
         "device after",
     ]  # fmt: skip
     assert "attach this file to an issue" in done.stderr and "self-check    tiny-v3.5: right" in done.stderr
-    timed = {(row["kernel"], row["provider"]) for row in rows if "milliseconds" in row}
+    timed = {(row["kernel"], row["provider"]) for row in rows if row["part"] == "kernels" and "milliseconds" in row}
     ours = {"rms_norm", "add_rms_norm", "swiglu", "qk_norm_rope", "score", "attention", "attention window 1024"}
     assert {kernel for kernel, provider in timed if provider == "lastrerank"} == ours
     assert (tmp_path / "gpu_check.csv").read_text().count("\n") == len(rows) + 1
