@@ -10,7 +10,7 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest
 
-# The kernels' compiled code for two chips, executed by the tests' emulator; half an hour on a core.
+# The kernels' whole test file on the compiled code for two chips, executed by the tests' emulator; takes long.
 test-emulated: .venv/test
 	LASTRERANK_EMULATE=sm_90 $(BIN)/python -m pytest tests/test_triton_kernels.py
 	LASTRERANK_EMULATE=sm_80 $(BIN)/python -m pytest tests/test_triton_kernels.py -k "not float8 and not quantized"
