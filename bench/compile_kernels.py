@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def describe(chip: str, kernel: Any) -> dict[str, Any]:
     metadata, target = kernel.metadata, TARGETS[chip]
     if target.backend == "cuda":
         registers, spilled = _cuda_resources(kernel.asm["cubin"])
-        overlap = overlap_of(kernel.asm["cubin"]) if chip == "sm_90" else {}
+        overlap = overlap_of(cuobjdump(kernel.asm["cubin"], "--dump-sass").splitlines()) if chip == "sm_90" else {}
         text = kernel.asm["ptx"]
         wide = len(re.findall(r"ld\.global\.(?:\w+\.)*(?:v4\.b32|v2\.b64)|cp\.async\.\S+ .*, 0x10", text))
         matrix = sorted(set(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", text)))
@@ -188,25 +188,26 @@ def describe(chip: str, kernel: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def overlap_of(cubin: bytes) -> dict[str, int]:
-    """How a Hopper kernel keeps its matrix unit busy, in the order of its instructions: asynchronous products (HGMMA),
-    waits for them (a product each is what ptxas does to a kernel that it can't order), exponentials in all and those
-    between a product's start and the wait for it. Nothing for a kernel without such products."""
+def overlap_of(instructions: Iterable[str]) -> dict[str, int]:
+    """How a Hopper kernel keeps its matrix unit busy, by its SASS in order: asynchronous products (HGMMA), waits for
+    them (a product each is what ptxas does to a kernel that it can't order), exponentials in all and those between a
+    product's start and the wait for it. Nothing for code without such products."""
     products = waits = exponentials = hidden = 0
     running = False
-    for line in _cuobjdump(cubin, "--dump-sass").splitlines():
-        if "HGMMA" in line:
+    for instruction in instructions:
+        if "HGMMA" in instruction:
             products, running = products + 1, True
-        elif "WARPGROUP.DEPBAR" in line:
+        elif "WARPGROUP.DEPBAR" in instruction:
             waits, running = waits + 1, False
-        elif "MUFU.EX2" in line:
+        elif "MUFU.EX2" in instruction:
             exponentials, hidden = exponentials + 1, hidden + running
     if not products:
         return {}
     return {"products": products, "waits": waits, "exponentials": exponentials, "exponentials_under_products": hidden}
 
 
-def _cuobjdump(cubin: bytes, what: str) -> str:
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What NVIDIA's tool, which Triton brings, says of a cubin: its resources or its SASS."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -216,7 +217,7 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread and bytes of stack (spills) of the only kernel in a cubin."""
-    usage = _cuobjdump(cubin, "--dump-resource-usage")
+    usage = cuobjdump(cubin, "--dump-resource-usage")
     return int(re.search(r"REG:(\d+)", usage)[1]), int(re.search(r"STACK:(\d+)", usage)[1])
 
 

@@ -50,7 +50,7 @@ def device_facts(tiny: bool, device: torch.device) -> Rows:
         done = subprocess.run(command, capture_output=True, text=True)
         said = done.stdout.strip().split(", ")
         facts |= dict(zip(fields, said, strict=True)) if len(said) == len(fields) else {"nvidia-smi": done.stdout}
-    return [{"part": "device", **facts}]
+    return [facts]
 
 
 def correctness(tiny: bool, device: torch.device) -> Rows:
@@ -63,12 +63,12 @@ def correctness(tiny: bool, device: torch.device) -> Rows:
     if done.returncode:
         log(done.stdout[-6000:])
         raise RuntimeError(f"the kernels' tests fail: {summary}")
-    return [{"part": "correctness", "summary": summary}]
+    return [{"summary": summary}]
 
 
 def self_check(tiny: bool, device: torch.device) -> Rows:
     """What `auto` asks of this machine, of the published shapes; on a GPU with repetitions, a graph and the time."""
-    from lastrerank import selfcheck
+    from lastrerank import checks
     from lastrerank.checkpoint import open_checkpoint
     from lastrerank.ops.triton import TritonOperations
 
@@ -79,13 +79,13 @@ def self_check(tiny: bool, device: torch.device) -> Rows:
             config = open_checkpoint(folder).config
         started, doing = time.perf_counter(), [""]
         try:
-            selfcheck.check(
-                TritonOperations(), config, device, dtype, doing.append, (1, 40) if tiny else selfcheck.LENGTHS
+            checks.check(
+                TritonOperations(), config, device, dtype, doing.append, (1, 40) if tiny else checks.LENGTHS
             )
             found = "right"
         except Exception as error:
             found = f"{type(error).__name__} when {doing[-1]}: {error}"
-        rows.append({"part": "self-check", "shape": shape, "found": found, "seconds": time.perf_counter() - started})
+        rows.append({"shape": shape, "found": found, "seconds": time.perf_counter() - started})
         log(f"{shape}: {found}")
     if any(row["found"] != "right" for row in rows):
         raise PartFailedError(rows)
@@ -135,13 +135,13 @@ def _one_model(tiny: bool, device: torch.device, folder: Path) -> Rows:
             if not difference <= (5e-5 if tiny else 0.2 if "float8" in variant else 5e-2):
                 wrong.append(f"{variant} on {name}: scores differ by {difference:.1e}")
         if wrong:
-            rows.append({"part": "end to end", "shape": name, "left_out": "; ".join(wrong)})
+            rows.append({"shape": name, "left_out": "; ".join(wrong)})
             log(rows[-1]["left_out"])
             continue
         times = interleaved(variants, 1 if tiny else 15, warmup=0 if tiny else 2)
         for variant, seconds in times.items():
             ratio = times[baseline]["median"] / seconds["median"]
-            rows.append({"part": "end to end", "shape": name, "provider": variant, "seconds": seconds, "ratio": ratio})
+            rows.append({"shape": name, "provider": variant, "seconds": seconds, "ratio": ratio})
             log(f"{name:8} {variant:24} {seconds['median'] * 1e3:9.2f} ms  x {ratio:.2f}")
     return rows + _many_lists(tiny, eager, graphed)
 
@@ -156,7 +156,7 @@ def _many_lists(tiny: bool, eager: Any, graphed: Any) -> Rows:
         variants["one by one"] = lambda: [eager.rerank_many([request]) for request in requests]
         variants["one by one, graphs"] = lambda: [graphed.rerank_many([request]) for request in requests]
     times = interleaved(variants, 1 if tiny else 10, warmup=0 if tiny else 2)
-    return [{"part": "end to end", "shape": f"{len(requests)} lists", "provider": name, "seconds": seconds}
+    return [{"shape": f"{len(requests)} lists", "provider": name, "seconds": seconds}
             for name, seconds in times.items()]  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def memory(tiny: bool, device: torch.device) -> Rows:
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else 0
     log(f"{len(documents)} documents: {seconds:.2f} s, {peak / 2**30:.2f} GiB above the weights")
-    return [{"part": "memory", "documents": len(documents), "seconds": seconds, "peak_bytes": peak}]
+    return [{"documents": len(documents), "seconds": seconds, "peak_bytes": peak}]
 
 
 def tiles(tiny: bool, device: torch.device) -> Rows:
@@ -205,7 +205,7 @@ def tiles(tiny: bool, device: torch.device) -> Rows:
             def attend(q: Any = q, k: Any = k, v: Any = v, cu: Any = starts, n: int = length, work: Any = work) -> Any:
                 return kernel.attention(q, k, v, cu, n, None, HEAD_DIM**-0.5, tiles=work)
 
-            row: dict[str, Any] = {"part": "tiles", "length": length, "tile": list(tile)}
+            row: dict[str, Any] = {"length": length, "tile": list(tile)}
             try:
                 out = attend().float()
                 truth = out if truth is None else truth  # the committed tile, which the tests have looked at
@@ -244,7 +244,7 @@ def seconds(tiny: bool, device: torch.device) -> Rows:
                 scores(reranker, query, documents)
             times = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in found.key_averages()}
             longest = sorted(times.items(), key=lambda item: -item[1])[:15]
-            rows.append({"part": "seconds", "shape": f"{shape[1]}x{shape[2]}", "pass": name,
+            rows.append({"shape": f"{shape[1]}x{shape[2]}", "pass": name,
                          "microseconds": {key[:80]: round(value, 1) for key, value in longest},
                          "sum_microseconds": round(sum(times.values()), 1)})  # fmt: skip
     return rows
@@ -268,7 +268,7 @@ def kernels(tiny: bool, device: torch.device) -> Rows:
     else:
         shapes = ["10x100", "100x145", "100x512", "125x1k"]
         rows = bench.run(shapes, bench.prompt_tokens, device, torch.bfloat16, 8192)
-    return [{"part": "kernels", **row} for row in rows]
+    return rows
 
 
 def ours(folder: Path, device: torch.device, dtype: str) -> Any:
@@ -345,8 +345,7 @@ def in_its_process(part: str, tiny: bool, limit: float) -> Rows:
     rows = json.loads(written[-1]) if written and written[-1].startswith("[") else []
     if not rows and failed is None:
         failed = "it said nothing"
-    rows = [row | {"part": part} for row in rows]
-    return rows + ([] if failed is None else [{"part": part, "failed": failed}])
+    return [{"part": part, **row} for row in [*rows, *([] if failed is None else [{"failed": failed}])]]
 
 
 def summary(rows: Rows) -> list[str]:

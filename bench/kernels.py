@@ -57,6 +57,8 @@ class Case:
 
 def cases(tokens: int, shape: str, device: torch.device, dtype: torch.dtype, documents: int) -> list[Case]:
     """Every kernel as the model calls it in a pass of one list of `tokens` rows."""
+    from lastrerank.kernels import attention
+
     from lastrerank.ops import attention_flops
     from lastrerank.ops.reference import ReferenceOperations
     from lastrerank.ops.triton import TritonOperations
@@ -110,7 +112,7 @@ def cases(tokens: int, shape: str, device: torch.device, dtype: torch.dtype, doc
             "reference": lambda: plain.score(x, *maps, *projector)[2],
         }),
     ]  # fmt: skip
-    tiles = ours.attention_tiles(cu, (tokens,), HEADS, KV_HEADS, HEAD_DIM, dtype)  # once a pass, not in the time
+    tiles = attention.tiles(cu, tokens, tokens, HEADS // KV_HEADS, HEAD_DIM, dtype)  # once a pass, not in the time
     for window in (None, WINDOW):
         arguments = (q, k, v, cu, (tokens,), window, HEAD_DIM**-0.5)
         providers = {
@@ -300,9 +302,11 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         log("no GPU here, so no times. What the compiler makes of the kernels (python -m bench.compile_kernels):")
-        from bench.compile_kernels import show as show_compiled
+        from bench import compile_kernels
 
-        show_compiled(json.loads((RESULTS / "kernels_compiled_triton_3.6.0.json").read_text())["rows"])
+        table = RESULTS / f"{compile_kernels.RESULTS}.json"
+        if table.is_file():
+            compile_kernels.show(json.loads(table.read_text())["rows"])
         return
     device = torch.device("cuda")
     if options.once:

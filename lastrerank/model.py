@@ -79,9 +79,8 @@ class Model:
         cos, sin = self._rope_table(batch.max_positions, batch.ids.device)
 
         tiles = ops.attention_tiles(
-            batch.cu_seqlens, batch.seqlens, config.num_heads, config.num_kv_heads, config.head_dim,
-            self.weights.norm.dtype, batch.prefixes,
-        )  # fmt: skip
+            config, self.weights.norm.dtype, batch.cu_seqlens, batch.seqlens, batch.prefixes
+        )
         residual = ops.embed(batch.ids, self.weights.embedding).to(self.weights.norm.dtype)
         qkv = self._by_rows(self._first_projection, residual)
         for index in range(len(layers) - 1):

@@ -181,6 +181,20 @@ def test_the_identity_tells_apart_what_changes_scores(small, tiny_windowed):
     assert set(plain) == {"model", "digest", "dtype", "backend"} and len(plain["digest"]) == 64
 
 
+def test_sums_of_16_bit_products_on_a_gpu_are_fp32_and_what_was_set_is_put_back():
+    """The flags are there without a GPU; by default PyTorch lets a library sum parts of a product in 16 bit."""
+    from lastrerank import isolation
+
+    matmul, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    before = getattr(matmul, name)
+    isolation._enter("cuda")
+    try:
+        assert before and not getattr(matmul, name) and not matmul.allow_fp16_reduced_precision_reduction
+    finally:
+        isolation._leave("cuda")
+    assert getattr(matmul, name) == before
+
+
 def test_state_is_put_back_when_the_last_pass_is_done():
     """Passes of several threads overlap: the first to end doesn't take the state from under the others."""
     import threading

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lastrerank import Reranker, ops, selfcheck
+from lastrerank import Reranker, checks, ops, selfcheck
 from lastrerank.checkpoint import open_checkpoint
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.show import report_lines
@@ -33,7 +33,7 @@ def config(tiny_windowed):
 
 def check(operations, config, dtype=torch.bfloat16):
     doing = []
-    selfcheck.check(operations, config, CPU, dtype, doing.append, LENGTHS)
+    checks.check(operations, config, CPU, dtype, doing.append, LENGTHS)
     return doing
 
 
@@ -129,7 +129,7 @@ def another_query(call, hidden, doc_rows, query_rows, *rest):
     ("linear", a_little_off, "state after two layers is off by"),
 ])  # fmt: skip
 def test_a_planted_fault_is_named(config, operation, fault, message):
-    with pytest.raises(selfcheck._FailedError, match=message):
+    with pytest.raises(checks.FailedError, match=message):
         check(Planted(operation, fault), config)
 
 
@@ -147,7 +147,7 @@ def test_compiled_kernels_pass_in_the_emulator(config, dtype):
     operations = TritonOperations() if dtype == torch.bfloat16 else Float8Operations()
     small = replace(config, num_heads=2, num_kv_heads=1, layer_windows=(50,), intermediate_size=128)
     with emulating("sm_90") as launches:
-        selfcheck.check(operations, small, CPU, dtype, lambda what: None, (1, 70))
+        checks.check(operations, small, CPU, dtype, lambda what: None, (1, 70))
     assert {launch.kernel for launch in launches} >= {"_attention_kernel", "_rms_norm_kernel", "_swiglu_kernel"}
 
 

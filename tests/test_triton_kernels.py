@@ -276,7 +276,9 @@ else:
 
     def test_tiles_of_other_sequences_are_refused():
         (q, k, v), cu = packed(torch.float32, [5, 40], 4, 2, 64)
-        tiles = operations.attention_tiles(cu, (5, 40), 4, 2, 64, torch.float32)
+        from lastrerank.kernels.attention import tiles as tiles_for
+
+        tiles = tiles_for(cu, 45, 40, 2, 64, torch.float32)
         whole = operations.attention(q, k, v, cu, (5, 40), None, 0.125)
         assert torch.equal(operations.attention(q, k, v, cu, (5, 40), None, 0.125, tiles=tiles), whole)
         for arguments in ({"tiles": tiles[1:]}, {"tiles": tiles, "rows": torch.arange(45, device=DEVICE)}):

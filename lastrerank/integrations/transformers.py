@@ -56,7 +56,7 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
     _account(decoder)
     if backend == "auto" and table.device.type == "cpu":
         backend = "reference"
-    _, operations = ops.select(backend, table.device, table.dtype)
+    _, operations = ops.select(backend, table.device, table.dtype, config)
     fast = Model(config, _shared_weights(decoder, config, operations), operations)
     if not torch.equal(decoder.rotary_emb.inv_freq.float().cpu(), fast.frequencies.cpu()):
         raise ValueError("rotary_emb.inv_freq is not what the configuration's rope_theta gives")

@@ -65,7 +65,8 @@ def register_attention(backend: str = "auto") -> str:
     differentiable.
 
     Args:
-        backend: "auto", or one of `lastrerank.ops.BACKENDS`.
+        backend: "auto", or one of `lastrerank.ops.BACKENDS`. No model is known here whose shape "auto" could have the
+            Triton kernels checked with, so that on a GPU it is plain PyTorch: "triton" asks for them.
 
     Returns:
         The name, "lastrerank".

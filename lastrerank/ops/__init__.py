@@ -108,16 +108,15 @@ class Operations(Protocol):
 
     def attention_tiles(
         self,
+        config: ModelConfig,
+        dtype: torch.dtype,
         cu_seqlens: torch.Tensor,
         seqlens: tuple[int, ...],
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        prefixes: Prefixes | None = None,
+        prefixes: Prefixes | None,
     ) -> torch.Tensor | None:
         """The work of `attention` over all rows of these sequences in the order of its launch, once for all layers of a
-        pass; arguments as there, dtype of the queries. None: this implementation has no such list."""
+        pass: int32 `[N, 2]`, or None from an implementation that has no such list. config: of the model; dtype: of the
+        queries; the rest as in `attention`."""
 
     def attention(
         self,
@@ -217,9 +216,16 @@ def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
     return ReferenceOperations()
 
 
-def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
+def _require_gpu(device: torch.device) -> None:
+    """Raises: RuntimeError where our kernels of a GPU don't run."""
     if device.type != "cuda":
         raise RuntimeError(f"it runs on a CUDA device, not on {device.type}")
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        raise RuntimeError("it needs an NVIDIA GPU of compute capability 8.0 or newer")
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
+    _require_gpu(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         raise RuntimeError(f"it computes in float32, bfloat16, float16 and float8, not in {_short(dtype)}")
     try:
@@ -227,8 +233,6 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
         from lastrerank.ops.triton import TritonOperations
     except ImportError as error:
         raise RuntimeError(f"Triton is not installed ({error})") from error
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        raise RuntimeError("it needs an NVIDIA GPU of compute capability 8.0 or newer")
     if dtype != torch.float8_e4m3fn:
         return TritonOperations()
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
@@ -237,8 +241,7 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
 
 
 def _flash_attn(device: torch.device, dtype: torch.dtype) -> Operations:
-    if device.type != "cuda":
-        raise RuntimeError(f"it runs on a CUDA device, not on {device.type}")
+    _require_gpu(device)
     if dtype not in (torch.bfloat16, torch.float16):
         raise RuntimeError(f"it computes in bfloat16 and float16, not in {_short(dtype)}")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lastrerank.config import ModelConfig
 from lastrerank.ops import Prefixes
 from lastrerank.ops.triton import TritonOperations
 
@@ -29,17 +30,14 @@ class FlashAttnOperations(TritonOperations):
 
     def attention_tiles(
         self,
+        config: ModelConfig,
+        dtype: torch.dtype,
         cu_seqlens: Tensor,
         seqlens: tuple[int, ...],
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        prefixes: Prefixes | None = None,
+        prefixes: Prefixes | None,
     ) -> Tensor | None:
-        if prefixes is None:
-            return None
-        return super().attention_tiles(cu_seqlens, seqlens, num_heads, num_kv_heads, head_dim, dtype, prefixes)
+        # The library has its own, but for sequences that continue others.
+        return None if prefixes is None else super().attention_tiles(config, dtype, cu_seqlens, seqlens, prefixes)
 
     def attention(
         self,

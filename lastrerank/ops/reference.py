@@ -83,13 +83,11 @@ class ReferenceOperations:
 
     def attention_tiles(
         self,
+        config: ModelConfig,
+        dtype: torch.dtype,
         cu_seqlens: torch.Tensor,
         seqlens: tuple[int, ...],
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        prefixes: Prefixes | None = None,
+        prefixes: Prefixes | None,
     ) -> torch.Tensor | None:
         return None
 

@@ -62,17 +62,16 @@ class TritonOperations(ReferenceOperations):
 
     def attention_tiles(
         self,
+        config: ModelConfig,
+        dtype: torch.dtype,
         cu_seqlens: Tensor,
         seqlens: tuple[int, ...],
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        prefixes: Prefixes | None = None,
+        prefixes: Prefixes | None,
     ) -> Tensor | None:
         table = None if prefixes is None else prefixes.table
+        group = config.num_heads // config.num_kv_heads
         return torch.ops.lastrerank.attention_tiles(
-            cu_seqlens, sum(seqlens), max(seqlens), num_heads // num_kv_heads, head_dim, dtype, table
+            cu_seqlens, sum(seqlens), max(seqlens), group, config.head_dim, dtype, table
         )
 
     def attention(

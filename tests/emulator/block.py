@@ -44,7 +44,8 @@ class Barrier:
 
 @dataclass
 class Copies:
-    """A warp's cp.async: groups that are closed, and the open one. A copy: (places, source, None or its bytes)."""
+    """A warp's cp.async: groups that are closed, and the open one. A copy: (places, addresses of its sources, which of
+    them are read and not zeros, the instruction)."""
 
     closed: list[list[Any]] = field(default_factory=list)
     open: list[Any] = field(default_factory=list)
@@ -198,7 +199,8 @@ class Block:
 
     # Barriers of threads.
 
-    def arrive(self, group: Group, number: int, expected: int, groups: list[Group]) -> None:
+    def arrive(self, group: Group, number: int, expected: int) -> None:
+        """A group at a barrier of threads; the last to come lets all go on, sure of what the others did."""
         here = self.arrived.setdefault(number, [])
         here.append(group)
         group.waits = "barrier"

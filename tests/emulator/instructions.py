@@ -49,11 +49,8 @@ def decode(program: Program) -> list[Step]:
         stores = instruction.parts[0] in ("st", "stmatrix", "bar", "cp", "mbarrier", "bra", "ret")
         step.writes = frozenset() if stores else frozenset(slots_of(instruction.operands[:1]))
         steps.append(step)
-    products = [step for step in steps if step.is_product]
-    used = frozenset().union(*(step.matrix_slots for step in products))
+    used = frozenset().union(*(step.matrix_slots for step in steps))  # so far, products alone have some
     for step in steps:
-        step.matrix_slots = step.slots & used
-    for step in products:
         step.matrix_slots = step.slots & used
     return steps
 
@@ -502,7 +499,7 @@ def _barrier(instruction: Instruction, program: Program) -> Step | Run:
     def flow(block: Block, groups: list[Group], group: Group) -> bool:
         expected = int(np.ravel(threads[0](block, group.lanes))[0]) if threads else len(block.threads)
         group.pc += 1
-        block.arrive(group, int(np.ravel(number(block, group.lanes))[0]), expected, groups)
+        block.arrive(group, int(np.ravel(number(block, group.lanes))[0]), expected)
         return group.waits is None
 
     return Step(instruction.text, _nothing, flow=flow)

@@ -114,7 +114,8 @@ def _mma(instruction: Instruction) -> Run:
 
 @dataclass
 class _WgmmaJob:
-    """A product of one warpgroup: registers of accumulators, and of A unless it is in shared memory."""
+    """A product of one warpgroup: registers of accumulators, and of A unless it is in shared memory; lower bytes of the
+    elements there."""
 
     group: int
     accumulators: list[int]
@@ -124,22 +125,18 @@ class _WgmmaJob:
     accumulate: bool
     width: int
     kind: str
+    done: bool = False
 
-    def begin(self, block: Block, text: str) -> None:
-        for places in self.places():
-            block.shared.begin_read(np.concatenate([places.ravel(), places.ravel() + 1]), self.warps(), text)
-
-    def places(self) -> list[np.ndarray]:
-        return [self.b_places] if self.a_places is None else [self.b_places, self.a_places]
-
-    def warps(self) -> np.ndarray:
-        return np.arange(4) + 4 * self.group
-
-    def end(self, block: Block) -> None:
-        for places in self.places():
-            block.shared.end_read(np.concatenate([places.ravel(), places.ravel() + 1]), self.warps())
+    def __post_init__(self) -> None:
+        lower = [x.ravel() for x in (self.a_places, self.b_places) if x is not None]
+        self.read = np.concatenate([x + byte for x in lower for byte in (0, 1)])
+        self.warps = np.arange(4) + 4 * self.group
 
     def do(self, block: Block) -> None:
+        """Once: as soon as the mode has it, at the latest when it is waited for."""
+        if self.done:
+            return
+        self.done = True
         lanes = slice(128 * self.group, 128 * self.group + 128)
         warp = np.arange(4)[:, None]
         row, column = (16 * warp + _ROW).ravel(), np.broadcast_to(_COLUMN, (4, 32)).ravel()  # [128]
@@ -224,32 +221,24 @@ def _wgmma(instruction: Instruction) -> Run | Step:
             None if a_read is None else _operand_places(one(a_read), 64, bool(a_transposed), text),
             _operand_places(one(b_read), width, bool(b_transposed), text), bool(one(on)), width, kind,
         )  # fmt: skip
-        job.begin(block, text)
+        block.shared.begin_read(job.read, job.warps, text)
         products = block.products[group]
         products.open.append(job)
         if block.mode == "eager" or (block.mode == "random" and block.random.random() < 0.3):
-            _do_products(block, group)
+            for each in products.pending():  # they run in their order
+                each.do(block)
 
     step = _each_group(text, issue)
     step.is_product, step.matrix_slots = True, frozenset([*accumulators, *a_slots])
     return step
 
 
-def _do_products(block: Block, group: int) -> None:
-    """All that are on their way, in order; none is done twice."""
-    for job in block.products[group].pending():
-        if not getattr(job, "done", False):
-            job.do(block)
-            job.done = True
-
-
 def _wait_for_products(block: Block, group: int, keep: int) -> None:
     products = block.products[group]
     while len(products.closed) > keep:
         for job in products.closed.pop(0):
-            if not getattr(job, "done", False):
-                job.do(block)
-            job.end(block)
+            job.do(block)
+            block.shared.end_read(job.read, job.warps)
 
 
 def _each_group(text: str, act: Callable[[Block, int], None]) -> Step:
