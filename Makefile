@@ -2,18 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-emulated lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels gpu-check test-integrations test-clients test-browser test-load docs dist clean
+.PHONY: demo test test-emulated test-arm lint bench bench-cpu bench-pairs bench-pairs-peers bench-kernels gpu-check test-integrations test-clients test-browser test-load docs dist clean
 
 demo: .venv/demo
 	$(BIN)/lastrerank demo
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # The kernels' whole test file on the compiled code for two chips, executed by the tests' emulator; takes long.
 test-emulated: .venv/test
 	LASTRERANK_EMULATE=sm_90 $(BIN)/python -m pytest tests/test_triton_kernels.py
 	LASTRERANK_EMULATE=sm_80 $(BIN)/python -m pytest tests/test_triton_kernels.py -k "not float8 and not quantized"
+
+# The CPU kernels on emulated Arm processors: Debian's packages g++-aarch64-linux-gnu and qemu-user.
+test-arm: .venv/test
+	$(BIN)/python -m pytest tests/test_native.py -k test_arm -rs
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 // The CPU kernels, one source for all instruction sets: compiled once for each with its own flags and LASTRERANK_ISA.
 //
-// Vectors are the compiler's own (GCC, Clang); only the int8 dot product and the conversions have per-ISA lines.
+// Vectors are the compiler's own (`vectors.h`); only products and bf16 have lines per instruction set (`tiles.h`).
 
 #include "kernels.h"
 
@@ -11,14 +11,10 @@
 #include <memory>
 #include <new>
 #include <system_error>
-#include <utility>
 #include <vector>
 
 #include "parallel.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "tiles.h"
 
 #define LASTRERANK_JOIN_(a, b) a##b
 #define LASTRERANK_JOIN(a, b) LASTRERANK_JOIN_(a, b)
@@ -26,121 +22,11 @@
 namespace lastrerank {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-constexpr int kRows = 12;  // rows of a register tile: 24 accumulators of 32 registers
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-constexpr int kRows = 6;  // 12 accumulators of 16 registers
-#else
-constexpr int kLanes = 4;
-constexpr int kRows = 6;
-#endif
-constexpr int kPanel = 2 * kLanes;  // columns of a register tile and of a packed panel
-
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int32_t IVec __attribute__((vector_size(kLanes * 4), aligned(4)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline Vec splat(float x) { return x - Vec{}; }
-inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
-
-inline float sum(Vec v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
-}
-
-// exp(x), relative error about 2 ulp for x in [-87, 88]; 0 below. Cephes' range reduction and polynomial.
-inline Vec exp(Vec x) {
-  const IVec underflow = x < -87.0f;
-  x = underflow ? splat(-87.0f) : x;
-  x = x > 88.0f ? splat(88.0f) : x;
-  const Vec scaled = x * 1.44269504088896341f;
-  const IVec n = __builtin_convertvector(scaled + (scaled < 0.0f ? splat(-0.5f) : splat(0.5f)), IVec);
-  const Vec nf = __builtin_convertvector(n, Vec);
-  const Vec r = (x - nf * 0.693359375f) - nf * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const IVec bits = (n + 127) << 23;
-  Vec power;
-  std::memcpy(&power, &bits, sizeof power);
-  return underflow ? splat(0.0f) : p * power;
-}
-
-inline float bf16(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
 inline float element(const void* weight, bool is_bf16, long i) {
   return is_bf16 ? bf16(static_cast<const uint16_t*>(weight)[i]) : static_cast<const float*>(weight)[i];
 }
 
 // ---- fp32 matrix product ----------------------------------------------------------------------------------------
-
-// c[R, kPanel] (+)= a[R, k] @ panel[k, kPanel]: one register tile. Only `columns` of c are touched. a is in rows of
-// `lda`, or kRows rows interleaved.
-template <int R, bool kInterleaved>
-inline void tile_f32(const float* __restrict a, long lda, const float* __restrict panel, long k, float* c, long ldc,
-                     bool accumulate, long columns) {
-  Vec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
-  for (long i = 0; i < k; ++i) {
-    const Vec b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(kInterleaved ? a[i * kRows + r] : a[r * lda + i]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
-    }
-  }
-  if (columns == kPanel) {
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      float* row = c + r * ldc;
-      store(row, accumulate ? load(row) + acc[r][0] : acc[r][0]);
-      store(row + kLanes, accumulate ? load(row + kLanes) + acc[r][1] : acc[r][1]);
-    }
-    return;
-  }
-  float spilled[R][kPanel];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    store(spilled[r], acc[r][0]);
-    store(spilled[r] + kLanes, acc[r][1]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (long j = 0; j < columns; ++j) c[r * ldc + j] = accumulate ? c[r * ldc + j] + spilled[r][j] : spilled[r][j];
-}
-
-using TileF32 = void (*)(const float*, long, const float*, long, float*, long, bool, long);
-
-template <bool kInterleaved, int... R>
-constexpr TileF32 tile_of(int rows, std::integer_sequence<int, R...>) {
-  constexpr TileF32 table[] = {tile_f32<R + 1, kInterleaved>...};
-  return table[rows - 1];
-}
-
-// c[m, columns] (+)= a[m, k] @ panel, in register tiles. Interleaved, a tile of rows starts at a + row * lda.
-template <bool kInterleaved>
-inline void panel_f32(const float* a, long lda, long m, const float* panel, long k, float* c, long ldc, bool accumulate,
-                      long columns) {
-  long i = 0;
-  for (; i + kRows <= m; i += kRows)
-    tile_f32<kRows, kInterleaved>(a + i * lda, lda, panel, k, c + i * ldc, ldc, accumulate, columns);
-  if (i < m)
-    tile_of<kInterleaved>(static_cast<int>(m - i), std::make_integer_sequence<int, kRows>())(
-        a + i * lda, lda, panel, k, c + i * ldc, ldc, accumulate, columns);
-}
 
 long packed_f32_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * k; }
 
@@ -162,66 +48,111 @@ void unpack_f32(const float* packed, long n, long k, float* weight) {
 // Blocks: a panel's slice of kDepth stays in L1 over a block of kBlockRows rows of x, which stays in L2.
 constexpr long kDepth = 256, kBlockRows = 20 * kRows, kBlockPanels = 16;
 
-void linear_f32(int threads, const float* x, long ldx, long m, long k, const float* packed, long n, const float* bias,
-                float* out, long ldo) {
-  // A tile's rows interleaved: widths are multiples of 4 KiB, so rows side by side would share a few cache sets.
-  std::unique_ptr<float[]> storage(new float[ceil_div(m, kRows) * kRows * k]);
-  float* tiles = storage.get();
+// m rows as tiles of kRows rows interleaved, so that a tile is read from end to end: widths are multiples of 4 KiB, and
+// rows side by side would share a few cache sets. write(row, tile, r) puts a row at place r of its tile of `size`.
+template <typename T, typename Write>
+std::unique_ptr<T[]> interleaved(int threads, long m, long size, const Write& write) {
+  std::unique_ptr<T[]> tiles(new T[ceil_div(m, kRows) * size]);
+  T* first = tiles.get();
   parallel_for(threads, ceil_div(m, kRows), [=](long task) {
-    const long first = task * kRows, rows = std::min<long>(kRows, m - first);
-    float* tile = tiles + first * k;
-    for (long i = 0; i < k; ++i)
-      for (long r = 0; r < rows; ++r) tile[i * kRows + r] = x[(first + r) * ldx + i];
+    for (long row = task * kRows; row < std::min(m, (task + 1) * kRows); ++row) write(row, first + task * size, row % kRows);
   });
-  const long panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, kBlockRows),
+  return tiles;
+}
+
+// block(first row, last row, first panel, last panel) for all blocks of a product, then the bias.
+template <typename Block>
+void in_blocks(int threads, long m, long n, long block_rows, const float* bias, float* out, long ldo,
+               const Block& block) {
+  const long panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, block_rows),
              column_blocks = ceil_div(panels, kBlockPanels);
   parallel_for(threads, row_blocks * column_blocks, [=](long task) {
-    const long row = task / column_blocks * kBlockRows, rows = std::min(kBlockRows, m - row);
+    const long row = task / column_blocks * block_rows, end = std::min(row + block_rows, m);
     const long first = task % column_blocks * kBlockPanels, last = std::min(first + kBlockPanels, panels);
-    for (long depth = 0; depth < k; depth += kDepth) {
-      const long span = std::min(kDepth, k - depth);
-      for (long p = first; p < last; ++p)
-        panel_f32<true>(tiles + row * k + depth * kRows, k, rows, packed + (p * k + depth) * kPanel, span,
-                  out + row * ldo + p * kPanel, ldo, depth > 0, std::min<long>(kPanel, n - p * kPanel));
-    }
+    block(row, end, first, last);
     if (bias != nullptr)
-      for (long r = row; r < row + rows; ++r)
+      for (long r = row; r < end; ++r)
         for (long j = first * kPanel; j < std::min(last * kPanel, n); ++j) out[r * ldo + j] += bias[j];
   });
 }
 
-// ---- int8 matrix product ----------------------------------------------------------------------------------------
+void linear_f32(int threads, const float* x, long ldx, long m, long k, const float* packed, long n, const float* bias,
+                float* out, long ldo) {
+  const auto storage = interleaved<float>(threads, m, kRows * k, [=](long row, float* tile, long r) {
+    for (long i = 0; i < k; ++i) tile[i * kRows + r] = x[row * ldx + i];
+  });
+  const float* tiles = storage.get();
+  in_blocks(threads, m, n, kBlockRows, bias, out, ldo, [=](long row, long end, long first, long last) {
+    for (long depth = 0; depth < k; depth += kDepth) {
+      const long span = std::min(kDepth, k - depth);
+      for (long p = first; p < last; ++p)
+        in_tiles<kRows>(row, end, [&](auto rows, long r) {
+          tile_f32<rows.value, true>(tiles + r * k + depth * kRows, k, packed + (p * k + depth) * kPanel, span,
+                                     out + r * ldo + p * kPanel, ldo, depth > 0, std::min<long>(kPanel, n - p * kPanel));
+        });
+    }
+  });
+}
 
-// acc[j] += sum of a[0..3] * b[4j .. 4j + 3]: a unsigned 8 bits, broadcast; b signed 7 bits, so that the pairwise
-// 16-bit sums of maddubs can't saturate (2 * 255 * 64 < 32768).
-#if defined(__AVX512VNNI__)
-inline IVec dot4(IVec acc, const uint8_t* a, const int8_t* b) {
-  int32_t four;
-  std::memcpy(&four, a, 4);
-  return (IVec)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(four), _mm512_loadu_si512(b));
+// ---- bf16 matrix product ----------------------------------------------------------------------------------------
+
+// Packed: per panel, per pair of inputs, kPanel columns of two.
+long packed_bf16_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * ceil_div(k, 2) * 2; }
+
+void pack_bf16(const void* weight, bool is_bf16, long n, long k, uint16_t* packed) {
+  const long pairs = ceil_div(k, 2);
+  std::memset(packed, 0, packed_bf16_size(n, k) * sizeof(uint16_t));
+  for (long column = 0; column < n; ++column)
+    for (long i = 0; i < k; ++i)
+      packed[((column / kPanel * pairs + i / 2) * kPanel + column % kPanel) * 2 + i % 2] =
+          to_bf16(element(weight, is_bf16, column * k + i));
 }
-#elif defined(__AVX512BW__)
-inline IVec dot4(IVec acc, const uint8_t* a, const int8_t* b) {
-  int32_t four;
-  std::memcpy(&four, a, 4);
-  const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(four), _mm512_loadu_si512(b));
-  return (IVec)_mm512_add_epi32((__m512i)acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+
+void unpack_bf16(const uint16_t* packed, long n, long k, float* weight) {
+  const long pairs = ceil_div(k, 2);
+  for (long column = 0; column < n; ++column)
+    for (long i = 0; i < k; ++i)
+      weight[column * k + i] =
+          bf16(packed[((column / kPanel * pairs + i / 2) * kPanel + column % kPanel) * 2 + i % 2]);
 }
-#elif defined(__AVX2__)
-inline IVec dot4(IVec acc, const uint8_t* a, const int8_t* b) {
-  int32_t four;
-  std::memcpy(&four, a, 4);
-  const __m256i pairs =
-      _mm256_maddubs_epi16(_mm256_set1_epi32(four), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-  return (IVec)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+
+// Products of bf16 numbers, x rounded first, on every processor: those without units for it compute them in fp32.
+void linear_bf16(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
+                 const float* bias, float* out, long ldo) {
+  using Input = std::conditional_t<kBf16Units, uint16_t, float>;
+  constexpr long depth_pairs = kBf16Units ? kDepth : kDepth / 2;  // as many bytes of a panel as in fp32
+  const long pairs = ceil_div(k, 2), size = 2 * pairs * kRows;
+  const auto storage = interleaved<Input>(threads, m, size, [=](long row, Input* tile, long r) {
+    for (long i = 0; i < 2 * pairs; ++i) {
+      const uint16_t number = i < k ? to_bf16(x[row * ldx + i]) : uint16_t{0};
+      if constexpr (kBf16Units) {
+        tile[(i / 2 * kRows + r) * 2 + i % 2] = number;
+      } else {
+        tile[i * kRows + r] = bf16(number);
+      }
+    }
+  });
+  const Input* tiles = storage.get();
+  in_blocks(threads, m, n, kBlockRows, bias, out, ldo, [=](long row, long end, long first, long last) {
+    for (long depth = 0; depth < pairs; depth += depth_pairs) {
+      const long span = std::min(depth_pairs, pairs - depth);
+      for (long p = first; p < last; ++p)
+        in_tiles<kRows>(row, end, [&](auto rows, long r) {
+          const Input* a = tiles + r / kRows * size + depth * 2 * kRows;
+          const uint16_t* panel = packed + (p * pairs + depth) * 2 * kPanel;
+          float* c = out + r * ldo + p * kPanel;
+          const long columns = std::min<long>(kPanel, n - p * kPanel);
+          if constexpr (kBf16Units) {
+            tile_bf16<rows.value, true>(a, 0, panel, span, c, ldo, depth > 0, columns);
+          } else {
+            tile_widened<rows.value>(a, panel, span, c, ldo, depth > 0, columns);
+          }
+        });
+    }
+  });
 }
-#else
-inline IVec dot4(IVec acc, const uint8_t* a, const int8_t* b) {
-  for (int j = 0; j < kLanes; ++j)
-    acc[j] += a[0] * b[4 * j] + a[1] * b[4 * j + 1] + a[2] * b[4 * j + 2] + a[3] * b[4 * j + 3];
-  return acc;
-}
-#endif
+
+// ---- int8 matrix product ----------------------------------------------------------------------------------------
 
 constexpr int kWeightMax = 64;
 
@@ -279,111 +210,30 @@ void unpack_i8(const int8_t* packed, const float* scales, const Outlier* outlier
   for (long e = 0; e < count; ++e) weight[outliers[e].output * k + outliers[e].input] = outliers[e].value;
 }
 
-template <int R>
-inline void tile_i8(const uint8_t* __restrict a, long lda, const float* row_scales, const int8_t* __restrict panel,
-                    long groups, const float* scales, const int32_t* sums, const float* bias, float* c, long ldc,
-                    long columns) {
-  IVec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
-  for (long i = 0; i < groups; ++i) {
-    const int8_t* b = panel + i * kPanel * 4;
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = dot4(acc[r][0], a + r * lda + 4 * i, b);
-      acc[r][1] = dot4(acc[r][1], a + r * lda + 4 * i, b + 4 * kLanes);
-    }
-  }
-  int32_t spilled[R][kPanel];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    std::memcpy(spilled[r], &acc[r][0], sizeof acc[r][0]);
-    std::memcpy(spilled[r] + kLanes, &acc[r][1], sizeof acc[r][1]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (long j = 0; j < columns; ++j) {
-      // x = row_scale * (a - 128), so the weights' sum is taken off 128 times.
-      const int32_t value = spilled[r][j] - 128 * sums[j];
-      c[r * ldc + j] = static_cast<float>(value) * (row_scales[r] * scales[j]) + (bias != nullptr ? bias[j] : 0.0f);
-    }
-}
-
-using TileI8 = void (*)(const uint8_t*, long, const float*, const int8_t*, long, const float*, const int32_t*,
-                        const float*, float*, long, long);
-
-constexpr int kRowsI8 = kLanes == 16 ? 12 : 4;  // leaves registers for the products
-
-template <int... R>
-constexpr TileI8 tile_i8_of(int rows, std::integer_sequence<int, R...>) {
-  constexpr TileI8 table[] = {tile_i8<R + 1>...};
-  return table[rows - 1];
-}
-
-// One row to unsigned 8 bits around 128; returns the scale.
-inline float quantize_row(const float* x, long k, uint8_t* q) {
-  // A row that is not finite must not turn into numbers: x * 0 is then NaN, and so become its scale and its outputs.
-  Vec top{}, zeros{};
-  long i = 0;
-  for (; i + kLanes <= k; i += kLanes) {
-    const Vec v = load(x + i);
-    zeros += v * 0.0f;
-    const Vec magnitude = v < 0.0f ? -v : v;
-    top = magnitude > top ? magnitude : top;
-  }
-  float largest = 0;
-  for (int j = 0; j < kLanes; ++j) largest = std::max(largest, top[j]);
-  float zero = sum(zeros);
-  for (; i < k; ++i) {
-    largest = std::max(largest, std::fabs(x[i]));
-    zero += x[i] * 0.0f;
-  }
-  if (zero != 0.0f) {
-    std::memset(q, 128, ceil_div(k, 4) * 4);
-    return NAN;
-  }
-  largest = std::max(largest, 1e-30f);  // the inverse of less would overflow
-  const float inverse = 127.0f / largest;
-  for (i = 0; i + kLanes <= k; i += kLanes) {
-    const Vec v = load(x + i) * inverse;
-    const IVec rounded = __builtin_convertvector(v + (v < 0.0f ? splat(-0.5f) : splat(0.5f)), IVec) + 128;
-    for (int j = 0; j < kLanes; ++j) q[i + j] = static_cast<uint8_t>(rounded[j]);
-  }
-  for (; i < k; ++i) {
-    const float v = x[i] * inverse;
-    q[i] = static_cast<uint8_t>(static_cast<int>(v + (v < 0 ? -0.5f : 0.5f)) + 128);
-  }
-  for (; i % 4; ++i) q[i] = 128;  // meets zero weights
-  return largest / 127.0f;
-}
+constexpr int kRowsI8 = kLanes == 8 ? 4 : kRows;  // leaves registers for the products
 
 void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
                const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
                long ldo) {
-  constexpr long block_rows = 24 * kRowsI8;
   const long groups = ceil_div(k, 4), width = groups * 4;
   std::unique_ptr<uint8_t[]> quantized(new uint8_t[m * width]);
   std::unique_ptr<float[]> row_scales(new float[m]);
   uint8_t* q = quantized.get();
   float* rs = row_scales.get();
   parallel_for(threads, ceil_div(m, 16), [=](long task) {
-    for (long r = task * 16; r < std::min(m, task * 16 + 16); ++r) rs[r] = quantize_row(x + r * ldx, k, q + r * width);
+    for (long r = task * 16; r < std::min(m, task * 16 + 16); ++r) {
+      rs[r] = quantize(x + r * ldx, k, magnitude(x + r * ldx, k), 127.0f, kZero, q + r * width);
+      std::memset(q + r * width + k, kZero, width - k);  // meets zero weights
+    }
   });
-  const long panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, block_rows),
-             column_blocks = ceil_div(panels, kBlockPanels);
-  parallel_for(threads, row_blocks * column_blocks, [=](long task) {
-    const long row = task / column_blocks * block_rows, end = std::min(row + block_rows, m);
-    const long first = task % column_blocks * kBlockPanels, last = std::min(first + kBlockPanels, panels);
+  in_blocks(threads, m, n, 24 * kRowsI8, nullptr, out, ldo, [=](long row, long end, long first, long last) {
     for (long p = first; p < last; ++p) {
-      const long column = p * kPanel, columns = std::min<long>(kPanel, n - column);
-      const int8_t* panel = packed + p * groups * kPanel * 4;
-      const float* b = bias == nullptr ? nullptr : bias + column;
-      long r = row;
-      for (; r + kRowsI8 <= end; r += kRowsI8)
-        tile_i8<kRowsI8>(q + r * width, width, rs + r, panel, groups, scales + column, sums + column, b,
-                         out + r * ldo + column, ldo, columns);
-      if (r < end)
-        tile_i8_of(static_cast<int>(end - r), std::make_integer_sequence<int, kRowsI8>())(
-            q + r * width, width, rs + r, panel, groups, scales + column, sums + column, b, out + r * ldo + column, ldo,
-            columns);
+      const long column = p * kPanel;
+      in_tiles<kRowsI8>(row, end, [&](auto rows, long r) {
+        tile_i8<rows.value>(q + r * width, width, rs + r, packed + p * groups * kPanel * 4, groups, scales + column,
+                            sums + column, bias == nullptr ? nullptr : bias + column, out + r * ldo + column, ldo,
+                            std::min<long>(kPanel, n - column));
+      });
     }
     auto before = [](const Outlier& outlier, long column) { return outlier.output < column; };
     const Outlier *begin = std::lower_bound(outliers, outliers + count, first * kPanel, before),
@@ -465,100 +315,228 @@ void qk_norm_rope(int threads, float* qkv, long ld, long rows, long heads, long 
 
 // ---- attention --------------------------------------------------------------------------------------------------
 
-constexpr long kKeys = 64;        // keys of a tile
+constexpr long kKeys = 64;       // keys of a tile
 constexpr long kQueryRows = 96;  // query rows of a task, the group's heads together
 
-void attention(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
-               const float* v, long ldv, long length, const float* prefix_k, const float* prefix_v, long prefix,
-               long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo) {
+// What attention multiplies. Logits, softmax and sums are in fp32 in each.
+//
+// Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Pairs: the same, for units that take pairs.
+// Grid: 16-bit integers, queries, keys and values on a grid of their own each row and head, softmax's weights each tile.
+enum class Format { kFp32, kRounded, kPairs, kGrid };
+
+template <Format kFormat>
+struct Of {
+  static constexpr bool kPaired = kFormat == Format::kPairs || kFormat == Format::kGrid;
+  using Number = std::conditional_t<kFormat == Format::kGrid, int16_t, std::conditional_t<kPaired, uint16_t, float>>;
+  static constexpr long kInputs = kPaired ? 2 : 1;  // of a lane
+
+  // n numbers of a row, zeros up to `width`; returns what they are to be multiplied with.
+  static float encode(const float* x, long n, long width, float factor, float grid, Number* out) {
+    std::fill(out + n, out + width, Number{0});
+    if constexpr (kFormat == Format::kGrid) return quantize(x, n, magnitude(x, n), grid, 0, out) * factor;
+    if constexpr (kFormat == Format::kPairs) {
+      for (long i = 0; i < n; ++i) out[i] = to_bf16(x[i] * factor);
+    } else if constexpr (kFormat != Format::kGrid) {
+      long i = 0;
+      for (; i + kLanes <= n; i += kLanes) {
+        const Vec v = load(x + i) * factor;
+        store(out + i, kFormat == Format::kRounded ? rounded_to_bf16(v) : v);
+      }
+      for (; i < n; ++i) out[i] = kFormat == Format::kRounded ? bf16(to_bf16(x[i] * factor)) : x[i] * factor;
+    }
+    return 1.0f;
+  }
+
+  // c[m, kPanel] (+)= a[m, inputs] @ panel
+  static void multiply(const Number* a, long lda, long m, const Number* panel, long inputs, const float* row_scales,
+                       const float* column_scales, float* c, long ldc, bool accumulate) {
+    in_tiles<kRows>(0, m, [&](auto rows, long r) {
+      const Number* first = a + r * lda;
+      float* target = c + r * ldc;
+      if constexpr (kFormat == Format::kGrid) {
+        tile_i16<rows.value>(first, lda, panel, ceil_div(inputs, 2), row_scales + r, column_scales, target, ldc,
+                             accumulate);
+      } else if constexpr (kFormat == Format::kPairs) {
+        tile_bf16<rows.value, false>(first, lda, panel, ceil_div(inputs, 2), target, ldc, accumulate, kPanel);
+      } else {
+        tile_f32<rows.value, false>(first, lda, panel, inputs, target, ldc, accumulate, kPanel);
+      }
+    });
+  }
+};
+
+// Steps of grids whose products can't overflow 32 bits: a sum over a head's width, and one over a tile's keys.
+inline float logit_grid(long dim) { return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / (dim + dim % 2)) - 1)); }
+constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f;
+static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
+
+template <Format kFormat>
+void attention_in(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
+                  const float* v, long ldv, long length, const float* prefix_k, const float* prefix_v, long prefix,
+                  long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo) {
+  using F = Of<kFormat>;
+  using Number = typename F::Number;
+  constexpr long inputs = F::kInputs;
+  constexpr bool grid = kFormat == Format::kGrid;
   // Keys are tiled from the beginning of what the sequence continues: its rows are bitwise what they would be in one.
   length += prefix;
   auto key_row = [=](long key) { return key < prefix ? prefix_k + key * ldk : k + (key - prefix) * ldk; };
   auto value_row = [=](long key) { return key < prefix ? prefix_v + key * ldv : v + (key - prefix) * ldv; };
-  const long group = heads / kv_heads, tile_rows = std::max<long>(1, kQueryRows / group),
-             key_panels = ceil_div(length, kPanel), value_panels = ceil_div(dim, kPanel);
-  // Keys transposed into panels once, for all row tiles: [kv_heads][key_panels][dim][kPanel].
-  std::unique_ptr<float[]> storage(new float[kv_heads * key_panels * dim * kPanel]);
-  float* packed = storage.get();
-  parallel_for(threads, kv_heads * key_panels, [=](long task) {
-    const long head = task / key_panels, panel = task % key_panels;
-    float* target = packed + task * dim * kPanel;
-    for (long j = 0; j < kPanel; ++j) {
-      const long key = panel * kPanel + j;
-      const float* source = key < length ? key_row(key) + head * dim : nullptr;
-      for (long i = 0; i < dim; ++i) target[i * kPanel + j] = source != nullptr ? source[i] : 0.0f;
-    }
-  });
+  const long group = heads / kv_heads, tile_rows = std::max<long>(1, kQueryRows / group), tiles = ceil_div(length, kKeys),
+             width = ceil_div(dim, inputs) * inputs, value_panels = ceil_div(dim, kPanel),
+             key_size = kKeys * width, value_size = kKeys * value_panels * kPanel;
+  const float logits = logit_grid(dim);
 
-  const long row_tiles = ceil_div(rows, tile_rows);
-  parallel_for(threads, row_tiles * kv_heads, [=](long task) {
-    // Heaviest first: the last rows see the most keys.
-    const long tile = row_tiles - 1 - task / kv_heads, head = task % kv_heads;
-    const long first = tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
-    auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
-
-    std::vector<float> queries(m * dim), values(kKeys * value_panels * kPanel), p(m * kKeys),
-        result(m * value_panels * kPanel), top(m, -INFINITY), total(m, 0.0f);
-    long low = length, high = 0;
-    for (long r = 0; r < count; ++r) {
-      low = std::min<long>(low, position(r));
-      high = std::max<long>(high, position(r) + 1);
-      for (long g = 0; g < group; ++g)
-        for (long i = 0; i < dim; ++i)
-          queries[(r * group + g) * dim + i] = q[(first + r) * ldq + (head * group + g) * dim + i] * scale;
+  // A tile's keys transposed into panels, [panel][input][kPanel]; values as [panel][key][kPanel]; `inputs` together.
+  // Beyond the sequence's end are zeros. scales: of each key, if it is on a grid.
+  auto pack_keys = [=](long head, long tile, Number* target, float* scales) {
+    std::vector<Number> row(width);
+    for (long j = 0; j < kKeys; ++j) {
+      const long key = tile * kKeys + j, there = key < length ? dim : 0;
+      scales[j] = F::encode(there ? key_row(key) + head * dim : nullptr, there, width, 1.0f, logits, row.data());
+      Number* column = target + j / kPanel * kPanel * width + j % kPanel * inputs;
+      for (long i = 0; i < width; i += inputs) std::copy_n(&row[i], inputs, column + i * kPanel);
     }
-    const long start = window > 0 ? std::max<long>(0, low - window + 1) / kKeys * kKeys : 0;
-    for (long key = start; key < high; key += kKeys) {
-      const long span = std::min(kKeys, high - key);
-      for (long panel = 0; panel < ceil_div(span, kPanel); ++panel)
-        panel_f32<false>(queries.data(), dim, m, packed + (head * key_panels + key / kPanel + panel) * dim * kPanel, dim,
-                  p.data() + panel * kPanel, kKeys, false, kPanel);
-      for (long j = 0; j < span; ++j)
-        for (long panel = 0; panel < value_panels; ++panel) {
-          const long columns = std::min<long>(kPanel, dim - panel * kPanel);
-          float* target = &values[(panel * kKeys + j) * kPanel];
-          std::memcpy(target, value_row(key + j) + head * dim + panel * kPanel, columns * sizeof(float));
-        }
-      for (long r = 0; r < m; ++r) {
-        const long at = position(r / group);
-        // Visible keys of this tile: begin .. end - 1.
-        const long begin = window > 0 ? std::clamp<long>(at - window + 1 - key, 0, span) : 0,
-                   end = std::clamp<long>(at + 1 - key, begin, span);
-        float* row = &p[r * kKeys];
-        for (long j = 0; j < begin; ++j) row[j] = -INFINITY;
-        for (long j = end; j < kKeys; ++j) row[j] = -INFINITY;
-        if (begin == end) {
-          std::fill(row, row + kKeys, 0.0f);
-          continue;
-        }
-        Vec most = load(row);
-        for (long j = kLanes; j < kKeys; j += kLanes) {
-          const Vec x = load(row + j);
-          most = x > most ? x : most;
-        }
-        float next = top[r];
-        for (int j = 0; j < kLanes; ++j) next = std::max(next, most[j]);
-        Vec sums{};
-        for (long j = 0; j < kKeys; j += kLanes) {
-          const Vec e = exp(load(row + j) - next);
-          sums += e;
-          store(row + j, e);
-        }
-        const float shrink = std::exp(top[r] - next);
-        total[r] = total[r] * shrink + sum(sums);
-        if (shrink != 1.0f)
-          for (long i = 0; i < value_panels * kPanel; ++i) result[r * value_panels * kPanel + i] *= shrink;
-        top[r] = next;
+  };
+  auto pack_values = [=](long head, long tile, Number* target, float* scales) {
+    const long columns = value_panels * kPanel;
+    std::vector<Number> row(inputs * columns);
+    for (long j = 0; j < kKeys; j += inputs) {
+      for (long i = 0; i < inputs; ++i) {
+        const long key = tile * kKeys + j + i, there = key < length ? dim : 0;
+        scales[j + i] = F::encode(there ? value_row(key) + head * dim : nullptr, there, columns, 1.0f, kValueGrid,
+                                  &row[i * columns]);
       }
       for (long panel = 0; panel < value_panels; ++panel)
-        panel_f32<false>(p.data(), kKeys, m, &values[panel * kKeys * kPanel], span, result.data() + panel * kPanel,
-                  value_panels * kPanel, true, kPanel);
+        for (long i = 0; i < kPanel; ++i)
+          for (long l = 0; l < inputs; ++l)
+            target[(panel * kKeys + j) * kPanel + i * inputs + l] = row[l * columns + panel * kPanel + i];
     }
-    for (long r = 0; r < m; ++r) {
-      float* target = out + (first + r / group) * ldo + (head * group + r % group) * dim;
-      for (long i = 0; i < dim; ++i) target[i] = result[r * value_panels * kPanel + i] / total[r];
-    }
-  });
+  };
+  // Packed once for all row tiles: rows of a long sequence lie pages apart and share a few cache sets. In fp32 half of
+  // the heads are packed at a time, so that all formats take the room of the keys in fp32.
+  const long heads_at_once = ceil_div(kv_heads, F::kPaired ? 1 : 2), places = heads_at_once * tiles;
+  std::unique_ptr<Number[]> packed(new Number[places * (key_size + value_size)]);
+  std::unique_ptr<float[]> steps(new float[places * kKeys * 2]);
+  Number *all_keys = packed.get(), *all_values = all_keys + places * key_size;
+  float *key_steps = steps.get(), *value_steps = key_steps + places * kKeys;
+  const long row_tiles = ceil_div(rows, tile_rows);
+  for (long first_head = 0; first_head < kv_heads; first_head += heads_at_once) {
+    const long some_heads = std::min(heads_at_once, kv_heads - first_head);
+    parallel_for(threads, some_heads * tiles, [=](long place) {
+      const long head = first_head + place / tiles, tile = place % tiles;
+      pack_keys(head, tile, all_keys + place * key_size, key_steps + place * kKeys);
+      pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
+    });
+    parallel_for(threads, row_tiles * some_heads, [=](long task) {
+      // Heaviest first: the last rows see the most keys.
+      const long row_tile = row_tiles - 1 - task / some_heads, head = first_head + task % some_heads;
+      const long first = row_tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
+      auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
+
+      std::vector<Number> queries(m * width), weights(kFormat == Format::kFp32 ? 0 : m * kKeys);
+      std::vector<float> p(m * kKeys), result(m * value_panels * kPanel), top(m, -INFINITY), total(m, 0.0f),
+          query_steps(m), weight_steps(m);
+      long low = length, high = 0;
+      for (long r = 0; r < count; ++r) {
+        low = std::min<long>(low, position(r));
+        high = std::max<long>(high, position(r) + 1);
+        for (long g = 0; g < group; ++g)
+          query_steps[r * group + g] = F::encode(q + (first + r) * ldq + (head * group + g) * dim, dim, width,
+                                                 grid ? scale * 1.44269504f : scale, logits,
+                                                 &queries[(r * group + g) * width]);
+      }
+      const long start = window > 0 ? std::max<long>(0, low - window + 1) / kKeys : 0;
+      for (long tile = start; tile * kKeys < high; ++tile) {
+        const long key = tile * kKeys, span = std::min(kKeys, high - key), place = (head - first_head) * tiles + tile;
+        const Number* values = all_values + place * value_size;
+        for (long panel = 0; panel < ceil_div(span, kPanel); ++panel)
+          F::multiply(queries.data(), width, m, all_keys + place * key_size + panel * kPanel * width, width,
+                      query_steps.data(), key_steps + place * kKeys + panel * kPanel, p.data() + panel * kPanel, kKeys,
+                      false);
+        for (long r = 0; r < m; ++r) {
+          const long at = position(r / group);
+          // Visible keys of this tile: begin .. end - 1.
+          const long begin = window > 0 ? std::clamp<long>(at - window + 1 - key, 0, span) : 0,
+                     end = std::clamp<long>(at + 1 - key, begin, span);
+          float* row = &p[r * kKeys];
+          Number* weight = kFormat == Format::kFp32 ? nullptr : &weights[r * kKeys];
+          if (begin == end) {
+            std::fill(row, row + kKeys, 0.0f);
+            if constexpr (kFormat != Format::kFp32) std::fill(weight, weight + kKeys, Number{0});
+            weight_steps[r] = 0.0f;
+            continue;
+          }
+          for (long j = 0; j < begin; ++j) row[j] = -INFINITY;
+          for (long j = end; j < kKeys; ++j) row[j] = -INFINITY;
+          Vec most = load(row);
+          for (long j = kLanes; j < kKeys; j += kLanes) {
+            const Vec x = load(row + j);
+            most = x > most ? x : most;
+          }
+          float next = top[r];
+          for (int j = 0; j < kLanes; ++j) next = std::max(next, most[j]);
+          Vec sums{};
+          if constexpr (grid) {  // logits are in base 2; each weight takes its value's step along
+            const float* value_step = value_steps + place * kKeys;
+            float seen[kKeys];  // a step that is NaN must not show where its value is hidden
+            if (begin > 0 || end < kKeys) {
+              std::fill(seen, seen + kKeys, 0.0f);
+              std::copy(value_step + begin, value_step + end, seen + begin);
+              value_step = seen;
+            }
+            Vec largest = splat(1e-30f), scaled{};
+            for (long j = 0; j < kKeys; j += kLanes) {
+              const Vec e = exp2_coarse(load(row + j) - next), x = e * load(value_step + j);
+              sums += e;
+              scaled += x;
+              largest = x > largest ? x : largest;
+              store(row + j, x);
+            }
+            float outermost = sum(scaled) * 0.0f;  // NaN if a weight is
+            for (int j = 0; j < kLanes; ++j) outermost = std::max(outermost, largest[j]);
+            weight_steps[r] = quantize(row, kKeys, outermost, kWeightGrid, 0, weight);
+          } else {
+            for (long j = 0; j < kKeys; j += kLanes) {
+              const Vec e = exp(load(row + j) - next);
+              sums += e;
+              store(row + j, e);
+            }
+            if constexpr (kFormat != Format::kFp32) F::encode(row, kKeys, kKeys, 1.0f, 0.0f, weight);
+          }
+          const float shrink = grid ? std::exp2(top[r] - next) : std::exp(top[r] - next);
+          total[r] = total[r] * shrink + sum(sums);
+          if (shrink != 1.0f)
+            for (long i = 0; i < value_panels * kPanel; ++i) result[r * value_panels * kPanel + i] *= shrink;
+          top[r] = next;
+        }
+        const Number* a;
+        if constexpr (kFormat == Format::kFp32) {
+          a = p.data();
+        } else {
+          a = weights.data();
+        }
+        for (long panel = 0; panel < value_panels; ++panel)
+          F::multiply(a, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), nullptr,
+                      result.data() + panel * kPanel, value_panels * kPanel, true);
+      }
+      for (long r = 0; r < m; ++r) {
+        float* target = out + (first + r / group) * ldo + (head * group + r % group) * dim;
+        for (long i = 0; i < dim; ++i) target[i] = result[r * value_panels * kPanel + i] / total[r];
+      }
+    });
+  }
+}
+
+void attention(int precision, int threads, const float* q, long ldq, long rows, const int64_t* positions,
+               const float* k, long ldk, const float* v, long ldv, long length, const float* prefix_k,
+               const float* prefix_v, long prefix, long heads, long kv_heads, long dim, long window, float scale,
+               float* out, long ldo) {
+  constexpr Format bf16_format = kBf16Units ? Format::kPairs : Format::kRounded;
+  const auto in = precision == kBf16 ? attention_in<bf16_format>
+                  : precision == kInt16 ? attention_in<Format::kGrid> : attention_in<Format::kFp32>;
+  in(threads, q, ldq, rows, positions, k, ldk, v, ldv, length, prefix_k, prefix_v, prefix, heads, kv_heads, dim, window,
+     scale, out, ldo);
 }
 
 // No exception may cross the C interface: what is thrown here, or on a thread of the pool, becomes a number.
@@ -597,12 +575,16 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
 #define LASTRERANK_STRING(x) LASTRERANK_STRING_(x)
     LASTRERANK_STRING(LASTRERANK_ISA),
     packed_f32_size,
+    packed_bf16_size,
     packed_i8_size,
     pack_f32,
     unpack_f32,
+    pack_bf16,
+    unpack_bf16,
     pack_i8_guarded,
     unpack_i8,
     guard<linear_f32>(linear_f32),
+    guard<linear_bf16>(linear_bf16),
     guard<linear_i8>(linear_i8),
     guard<add_rms_norm>(add_rms_norm),
     guard<swiglu>(swiglu),

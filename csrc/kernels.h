@@ -14,6 +14,9 @@ struct Outlier {
   float value;
 };
 
+// As they are; rounded to bf16; integers of 16 bits on a grid a row and head, softmax's weights on one a tile of keys.
+enum Precision : int { kFp32 = 0, kBf16 = 1, kInt16 = 2 };
+
 // Nothing here throws. What returns an int returns 0, or 1 (no memory), 2 (no thread) or 3 (anything else), and has then
 // written some of its output. Shapes are not checked: `lastrerank/ops/shapes.py` does that before a pointer is taken.
 struct Kernels {
@@ -21,10 +24,14 @@ struct Kernels {
 
   // Elements of storage of a packed [n, k] weight.
   long (*packed_f32_size)(long n, long k);
+  long (*packed_bf16_size)(long n, long k);
   long (*packed_i8_size)(long n, long k);
   // Pack a weight [n, k] from fp32 (or bf16) rows: columns in panels, zero-padded.
   void (*pack_f32)(const void* weight, bool bf16, long n, long k, float* packed);
   void (*unpack_f32)(const float* packed, long n, long k, float* weight);
+  // The same in bf16; what is no bf16 number is rounded to nearest, ties to even.
+  void (*pack_bf16)(const void* weight, bool bf16, long n, long k, uint16_t* packed);
+  void (*unpack_bf16)(const uint16_t* packed, long n, long k, float* weight);
   // Quantise to 7 bits a weight, symmetric, one scale an output, found here unless `scaled`; sums: of each output's
   // quantised weights. Outliers are kept in fp32 beside it, in `outliers` as far as there is room, and counted;
   // -1 where there is no memory.
@@ -38,6 +45,9 @@ struct Kernels {
   // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null)
   int (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
                     const float* bias, float* out, long ldo);
+  // The same with x rounded to bf16: exact products, sums in fp32.
+  int (*linear_bf16)(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
+                     const float* bias, float* out, long ldo);
   // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.
   int (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
                    const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
@@ -55,15 +65,20 @@ struct Kernels {
   // Causal grouped-query attention of one sequence that continues another one's first `prefix` rows (0: none): keys
   // 0 .. prefix - 1 are the rows at prefix_k and prefix_v, the others its own `length` at k and v. q rows are its own at
   // `positions`, counted from its first (null: 0, 1, 2, ...). window <= 0: none. Head h of q at q + h * dim, of k and v
-  // likewise. out may be q.
-  int (*attention)(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
-                   const float* v, long ldv, long length, const float* prefix_k, const float* prefix_v, long prefix,
-                   long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo);
+  // likewise. out may be q. precision: what queries, keys, values and softmax's weights are before they are multiplied;
+  // logits, softmax and sums are in fp32.
+  int (*attention)(int precision, int threads, const float* q, long ldq, long rows, const int64_t* positions,
+                   const float* k, long ldk, const float* v, long ldv, long length, const float* prefix_k,
+                   const float* prefix_v, long prefix, long heads, long kv_heads, long dim, long window, float scale,
+                   float* out, long ldo);
 };
 
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512vnni;
+extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_dotprod;
+extern const Kernels kernels_armbf16;
 
 }  // namespace lastrerank

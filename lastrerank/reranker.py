@@ -34,8 +34,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
           "float8": torch.float8_e4m3fn}  # fmt: skip
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"]
 Backend = Literal["auto", "native", "triton", "flash-attn", "reference"]
-# int8 and float8 name the linears' weights; everything else is in this then.
-_ACTIVATIONS = {"int8": torch.float32, "float8": torch.bfloat16}
 
 # Backends whose passes read nothing back from the device, so that a CUDA graph can hold them.
 CAPTURABLE = ("triton",)
@@ -125,7 +123,7 @@ class Reranker(CrossEncoderFace):
             made_by["id_or_path"] = str(Path(id_or_path).resolve())
         encoder = source.family.prompt.encoder(source.tokenizer, source.config)
         name, operations = ops.select(backend, target, DTYPES[kind], source.config)
-        compute_dtype = _ACTIVATIONS.get(kind, DTYPES[kind])
+        compute_dtype = ops.residual_dtype(name, DTYPES[kind])
         weights = source.weights(target, compute_dtype, operations.prepare)
         return cls(
             source, Model(source.config, weights, operations), encoder,

@@ -20,11 +20,9 @@ import bench  # noqa: E402, F401 (finds the kernels of a checkout that isn't ins
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """What a module runs in a process of its own, for minutes, is started before the first test."""
-    for module in dict.fromkeys(getattr(item, "module", None) for item in session.items):
-        if hasattr(module, "start_beside_the_others") and not session.config.option.collectonly:
-            module.start_beside_the_others()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first: where tests run in parallel, nobody waits for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("takes_minutes") is None)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -45,6 +46,15 @@ Buffer random_buffer(std::mt19937& rng, long n) {
   return b;
 }
 
+// The nearest bf16 number.
+float rounded(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  u = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
 bool close(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1 + std::fabs(b)); }
 
 void linears(const Kernels& k, std::mt19937& rng, int threads) {
@@ -66,6 +76,20 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
       truth[i * n + j] = s;
       right &= close(out.data[i * (n + pad) + j], s, 1e-4);
     }
+  std::vector<uint16_t> packed16(k.packed_bf16_size(n, d));
+  k.pack_bf16(w.data, false, n, d, packed16.data());
+  k.unpack_bf16(packed16.data(), n, d, back.data);
+  k.linear_bf16(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, out.data, n + pad);
+  bool same_bf16 = true, right_bf16 = true;
+  for (long i = 0; i < n * d; ++i) same_bf16 &= back.data[i] == rounded(w.data[i]);
+  for (long i = 0; i < m; ++i)
+    for (long j = 0; j < n; ++j) {
+      double s = bias.data[j];
+      for (long l = 0; l < d; ++l) s += double(rounded(x.data[i * (d + pad) + l])) * rounded(w.data[j * d + l]);
+      right_bf16 &= close(out.data[i * (n + pad) + j], s, 1e-4);
+    }
+  expect(same_bf16, "unpack_bf16", k.name);
+  expect(right_bf16, "linear_bf16", k.name);
   std::vector<int8_t> packed8(k.packed_i8_size(n, d));
   std::vector<float> scales(n);
   std::vector<int32_t> sums(n);
@@ -107,7 +131,7 @@ void rows(const Kernels& k, std::mt19937& rng, int threads) {
   expect(gate, "swiglu", k.name);
 }
 
-void attention(const Kernels& k, std::mt19937& rng, int threads) {
+void attention(const Kernels& k, std::mt19937& rng, int threads, int precision) {
   const long length = 1 + rng() % 200, kv_heads = 1 + rng() % 3, group = 1 + rng() % 3, heads = kv_heads * group,
              dim = 2 * (1 + rng() % 20), window = rng() % 2 ? 0 : 1 + rng() % 100;
   const long ld = (heads + 2 * kv_heads) * dim;
@@ -123,11 +147,15 @@ void attention(const Kernels& k, std::mt19937& rng, int threads) {
   const long shared = rng() % 2 ? 0 : rng() % length;
   float *first_k = qkv.data + heads * dim, *first_v = first_k + kv_heads * dim;
   if (shared > 0)
-    k.attention(threads, qkv.data, ld, shared, nullptr, first_k, ld, first_v, ld, shared, nullptr, nullptr, 0, heads,
-                kv_heads, dim, window, 0.3f, qkv.data, ld);
+    k.attention(precision, threads, qkv.data, ld, shared, nullptr, first_k, ld, first_v, ld, shared, nullptr, nullptr,
+                0, heads, kv_heads, dim, window, 0.3f, qkv.data, ld);
   const long at = shared * ld, own = length - shared;
-  k.attention(threads, qkv.data + at, ld, own, nullptr, first_k + at, ld, first_v + at, ld, own, first_k, first_v,
-              shared, heads, kv_heads, dim, window, 0.3f, qkv.data + at, ld);
+  k.attention(precision, threads, qkv.data + at, ld, own, nullptr, first_k + at, ld, first_v + at, ld, own, first_k,
+              first_v, shared, heads, kv_heads, dim, window, 0.3f, qkv.data + at, ld);
+  // In bf16 the truth is of rounded numbers; what remains is softmax's weights, rounded by up to 2^-9.
+  const bool bf16 = precision == lastrerank::kBf16;
+  auto number = [=](float x) { return bf16 ? rounded(x) : x; };
+  const double tolerance = precision == lastrerank::kFp32 ? 1e-4 : bf16 ? 1e-2 : 5e-3;
   bool right = true;
   for (long i = 0; i < length; i += 7)
     for (long h = 0; h < heads; ++h) {
@@ -136,15 +164,15 @@ void attention(const Kernels& k, std::mt19937& rng, int threads) {
       double top = -1e300, total = 0;
       for (long j = first; j <= i; ++j) {
         double s = 0;
-        for (long c = 0; c < dim; ++c) s += double(q[i * ld + h * dim + c]) * keys[j * ld + h / group * dim + c];
-        p.push_back(s * 0.3f);
+        for (long c = 0; c < dim; ++c) s += double(number(q[i * ld + h * dim + c] * 0.3f)) * number(keys[j * ld + h / group * dim + c]);
+        p.push_back(s);
         top = std::max(top, p.back());
       }
       for (double& s : p) total += s = std::exp(s - top);
       for (long c = 0; c < dim; ++c) {
         double s = 0;
-        for (long j = first; j <= i; ++j) s += p[j - first] / total * values[j * ld + h / group * dim + c];
-        right &= close(qkv.data[i * ld + h * dim + c], s, 1e-4);
+        for (long j = first; j <= i; ++j) s += p[j - first] / total * number(values[j * ld + h / group * dim + c]);
+        right &= close(qkv.data[i * ld + h * dim + c], s, tolerance);
       }
     }
   expect(right, "attention", k.name);
@@ -156,7 +184,8 @@ void all(unsigned seed, int rounds, int threads) {
     for (int round = 0; round < rounds; ++round) {
       linears(*k, rng, threads);
       rows(*k, rng, threads);
-      attention(*k, rng, threads);
+      for (int precision : {lastrerank::kFp32, lastrerank::kBf16, lastrerank::kInt16})
+        attention(*k, rng, threads, precision);
     }
 }
 

@@ -89,6 +89,7 @@ def test_profile_counts_what_a_pass_does(results):
             assert (layers - 1) * count < found < layers * count
 
 
+@pytest.mark.takes_minutes
 def test_gpu_check_runs_on_tiny_shapes(tmp_path):
     """What a first meeting with a GPU runs, in Triton's interpreter: every part passes, and rows are what they say."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from lastrerank import Reranker, ops
 from lastrerank.ops import Prefixes
+from lastrerank.ops.reference import ReferenceOperations
 
 try:
     from lastrerank.ops.native import NativeOperations, instruction_sets
@@ -27,6 +28,9 @@ try:
     ISAS = instruction_sets()
 except RuntimeError as reason:
     pytest.skip(f"native backend: {reason}", allow_module_level=True)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
 
 @pytest.fixture(params=ISAS)
@@ -60,7 +64,7 @@ def test_int8_equals_the_integer_reference(rows, inner, outer, seed):
     x, weight = torch.randn(rows, inner, generator=generator), torch.randn(outer, inner, generator=generator)
     x[0] = 0
     weight[::3, -1] *= 100  # outliers from 26 inputs on
-    out = NativeOperations(int8=True).prepare(weight).matmul(x, None, None)
+    out = NativeOperations(torch.int8).prepare(weight).matmul(x, None, None)
     expected = integer_reference(x, weight)
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=2e-6 * float(expected.abs().max()))
 
@@ -68,12 +72,12 @@ def test_int8_equals_the_integer_reference(rows, inner, outer, seed):
 def test_int8_on_every_instruction_set(isa):
     x, weight = torch.randn(33, 257), torch.randn(65, 257)
     weight[1::2, 200] = 30.0
-    out = NativeOperations(int8=True).prepare(weight).matmul(x, None, None)
+    out = NativeOperations(torch.int8).prepare(weight).matmul(x, None, None)
     torch.testing.assert_close(out.double(), integer_reference(x, weight), rtol=2e-6, atol=1e-5)
     # Extreme values: nothing saturates on the way.
     x, weight = torch.full((5, 3072), -7.0), torch.full((9, 3072), 3.0)
     x[:, ::2] = 7.0
-    out = NativeOperations(int8=True).prepare(weight).matmul(x.abs(), None, None)
+    out = NativeOperations(torch.int8).prepare(weight).matmul(x.abs(), None, None)
     torch.testing.assert_close(out, torch.full((5, 9), 21.0 * 3072), rtol=1e-5, atol=0)
 
 
@@ -81,30 +85,30 @@ def test_int8_on_every_instruction_set(isa):
 def test_int8_does_not_hide_what_is_not_finite(isa, bad):
     x = torch.randn(3, 64)
     x[1, 40] = bad
-    out = NativeOperations(int8=True).prepare(torch.randn(8, 64)).matmul(x, None, None)
+    out = NativeOperations(torch.int8).prepare(torch.randn(8, 64)).matmul(x, None, None)
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
 
 
 def test_bf16_weights_are_read_directly(isa):
     weight = torch.randn(40, 96).bfloat16()
     x = torch.randn(7, 96)
-    for int8 in (False, True):
-        operations = NativeOperations(int8=int8)
+    for dtype in DTYPES:
+        operations = NativeOperations(dtype)
         direct, upcast = (operations.prepare(w).matmul(x, None, None) for w in (weight, weight.float()))
         assert torch.equal(direct, upcast)
     assert torch.equal(NativeOperations().prepare(weight).unpack(), weight.float())
 
 
 def test_a_wrong_width_is_named():
-    for int8 in (False, True):
+    for dtype in DTYPES:
         with pytest.raises(ValueError, match=r"x \(3, 65\): expected x \[T, 64\]"):
-            NativeOperations(int8=int8).prepare(torch.randn(8, 64)).matmul(torch.randn(3, 65), None, None)
+            NativeOperations(dtype).prepare(torch.randn(8, 64)).matmul(torch.randn(3, 65), None, None)
 
 
 def test_rows_do_not_depend_on_their_neighbours(isa):
     x, weight = torch.randn(300, 640), torch.randn(100, 640)
-    for int8 in (False, True):
-        packed = NativeOperations(int8=int8).prepare(weight)
+    for dtype in DTYPES:
+        packed = NativeOperations(dtype).prepare(weight)
         whole = packed.matmul(x, None, None)
         for rows in (slice(0, 1), slice(17, 42), slice(299, 300)):
             assert torch.equal(packed.matmul(x[rows], None, None), whole[rows])
@@ -154,6 +158,108 @@ def scores(reranker, documents):
     return {r["index"]: r["relevance_score"] for r in reranker.rerank("Tabelle", documents)}
 
 
+def attention(operations, q, k, v, lengths, **options):
+    cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    with torch.no_grad():
+        return operations.attention(q, k, v, cu, tuple(lengths), scale=q.shape[2] ** -0.5, **options)
+
+
+def heads_of(length, dim=64, heads=4, kv_heads=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, n, dim, generator=generator) for n in (heads, kv_heads, kv_heads)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 300), dim=st.sampled_from([2, 18, 64, 128]), window=st.sampled_from([None, 1, 70]),
+       scale=st.sampled_from([0.1, 1.0, 5.0]), seed=st.integers(0, 2**20))  # fmt: skip
+def test_attention_by_the_error_rule(length, dim, window, scale, seed):
+    """What is multiplied is less fine, by so much and no more, in root mean squares: bf16 as PyTorch's own attention in
+    bf16, integers of 16 bits a tenth of that."""
+    q, k, v = (x * scale for x in heads_of(length, dim, seed=seed))
+    truth = attention(ReferenceOperations(), *(x.double() for x in (q, k, v)), [length], window=window)
+    coarse = attention(ReferenceOperations(), *(x.bfloat16() for x in (q, k, v)), [length], window=window)
+    error = (coarse.double() - truth).norm()
+    for dtype, share in ((torch.float32, 1e-3), (torch.bfloat16, 1.5), (torch.int8, 0.15)):
+        got = attention(NativeOperations(dtype), q, k, v, [length], window=window)
+        assert (got.double() - truth).norm() <= share * error, dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_alone_and_in_company(isa, dtype):
+    """Bit for bit: neighbours, even such that are no numbers, what the sequence continues, what comes after a row, and
+    reading few rows change nothing."""
+    native, lengths = NativeOperations(dtype), [37, 200, 5]
+    q, k, v = heads_of(sum(lengths))
+    own = slice(37, 237)
+    alone = attention(native, q[own], k[own], v[own], [200], window=None)
+    for x in (q, k, v):
+        x[:37] = x[237:] = float("nan")
+    assert torch.equal(attention(native, q, k, v, lengths, window=None)[own], alone)
+    q, k, v = q[own], k[own], v[own]
+    for cut in (1, 63, 64, 130):
+        assert torch.equal(attention(native, q[:cut], k[:cut], v[:cut], [cut], window=None), alone[:cut])
+    rows = torch.tensor([0, 65, 199])
+    assert torch.equal(attention(native, q[rows], k, v, [200], window=None, rows=rows), alone[rows])
+    shared = Prefixes(torch.tensor([[0, 0], [0, 90]], dtype=torch.int32), ((0, 0), (0, 90)))
+    assert torch.equal(attention(native, q, k, v, [90, 110], window=None, prefixes=shared), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_attention_does_not_hide_what_is_not_finite(isa, dtype, which, bad):
+    """It shows where it is seen, and in no rows whose tile, of 48, ends before it."""
+    parts = heads_of(150)
+    if which:
+        parts[which][70, 0, 5] = bad
+    else:
+        parts[0][70, 0, 5] = float("nan")
+    out = attention(NativeOperations(dtype), *parts, [150], window=None)
+    assert not out[70, 0].isfinite().all() and out[:48].isfinite().all() and out[:, 2:].isfinite().all()
+    if which == 2:
+        assert not out[149, 1].isfinite().all()
+
+
+def test_bf16_is_what_it_says(isa):
+    """Weights and what they multiply rounded to nearest, ties to even; exact products; sums in fp32."""
+    generator = torch.Generator().manual_seed(3)
+    for rows, inner, outer in ((1, 1, 1), (7, 33, 40), (130, 700, 65)):
+        x, weight = (torch.randn(n, inner, generator=generator) for n in (rows, outer))
+        bias = torch.randn(outer, generator=generator)
+        out = NativeOperations(torch.bfloat16).prepare(weight).matmul(x, bias, None)
+        truth = x.bfloat16().double() @ weight.bfloat16().double().T + bias.double()
+        torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5 * inner**0.5)
+    x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, float("inf"), -0.0, 1e-40]])  # the first two are ties
+    one = NativeOperations(torch.bfloat16).prepare(torch.ones(1, 1))
+    assert one.matmul(x.T.contiguous(), None, None)[:3, 0].tolist() == [1.0, 1 + 2**-6, float("inf")]
+    assert one.matmul(torch.tensor([[float("nan")]]), None, None).isnan().all()
+
+
+def test_bf16_scores_by_the_error_rule(tiny_windowed, documents):
+    """No further from fp32 than PyTorch's own bf16; weights in half the memory."""
+    folder = tiny_windowed
+    truth, plain, native = (
+        scores(Reranker.from_pretrained(folder, backend=backend, dtype=dtype), documents[:40])
+        for backend, dtype in (("reference", "float32"), ("reference", "bfloat16"), ("native", "bfloat16"))
+    )
+    error, own = (sum((truth[i] - other[i]) ** 2 for i in truth) ** 0.5 for other in (plain, native))
+    assert 0 < own <= error
+    auto = Reranker.from_pretrained(folder, dtype="bfloat16")
+    assert auto.backend == "native" and scores(auto, documents[:40]) == native
+    gate_up = auto.model.weights.layers[0].gate_up
+    assert gate_up._packed.element_size() == 2
+
+
+def test_a_bf16_model_is_kept(small, documents, tmp_path):
+    Reranker.from_pretrained(small, dtype="bfloat16").save_pretrained(tmp_path)  # its table and norms were fp32
+    bf16 = Reranker.from_pretrained(tmp_path, dtype="bfloat16")
+    expected = scores(bf16, documents[:9])
+    bf16.save_pretrained(tmp_path)
+    assert scores(Reranker.from_pretrained(tmp_path, dtype="bfloat16"), documents[:9]) == expected
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert stored["model.layers.0.mlp.down_proj.weight"].dtype == torch.bfloat16
+
+
 def test_native_scores_are_the_references(tiny_windowed, documents):
     truth, native = (
         scores(Reranker.from_pretrained(tiny_windowed, backend=backend), documents[:40])
@@ -171,7 +277,7 @@ def test_int8_scores_differ_little(tiny, documents):
 
 
 def test_a_quantised_weight_unpacked_and_packed_again_is_itself(isa):
-    operations = NativeOperations(int8=True)
+    operations = NativeOperations(torch.int8)
     for shape in ((5, 7), (64, 64), (33, 130)):
         weight = torch.randn(shape)
         packed = operations.prepare(weight)
@@ -183,7 +289,7 @@ def test_a_quantised_weight_unpacked_and_packed_again_is_itself(isa):
 
 def test_an_outlier_costs_the_other_weights_nothing(isa):
     """One large weight in an output: without it the grid is as fine as before, and itself it is exact."""
-    operations, weight = NativeOperations(int8=True), torch.randn(16, 300)
+    operations, weight = NativeOperations(torch.int8), torch.randn(16, 300)
     plain = operations.prepare(weight.index_fill(1, torch.tensor([70]), 0.0)).unpack()
     weight[:, 70] = 100.0
     packed = operations.prepare(weight)
@@ -197,7 +303,7 @@ def test_an_outlier_costs_the_other_weights_nothing(isa):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="memory of a mapping is shown on Linux only")
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_what_was_packed_is_not_kept(small, tmp_path, documents, dtype):
     """Beside the packed weights a CPU keeps the table alone, and of that only the pages it looked rows up in."""
     path = shutil.copytree(small, tmp_path / "copy") / "model.safetensors"
@@ -208,12 +314,12 @@ def test_what_was_packed_is_not_kept(small, tmp_path, documents, dtype):
     assert len(scores(reranker, documents[:3])) == 3
 
 
-def test_a_quantised_model_is_kept(tiny, documents, tmp_path):
+def test_a_quantised_model_is_kept(small, documents, tmp_path):
     """Half the size of 16 bit in the linears, the same scores again, and those of its weights in other dtypes."""
-    state = safetensors.torch.load_file(tiny / "model.safetensors")
+    state = safetensors.torch.load_file(small / "model.safetensors")
     for name, column in (("self_attn.k_proj", 5), ("mlp.down_proj", 9)):
         state[f"model.layers.1.{name}.weight"][::2, column] *= 30
-    with_outliers = shutil.copytree(tiny, tmp_path / "outliers")
+    with_outliers = shutil.copytree(small, tmp_path / "outliers")
     safetensors.torch.save_file(state, with_outliers / "model.safetensors", metadata={"format": "pt"})
     int8 = Reranker.from_pretrained(with_outliers, dtype="int8")
     int8.save_pretrained(tmp_path / "int8")
@@ -265,33 +371,83 @@ def test_an_unknown_instruction_set_is_refused(small, monkeypatch):
         Reranker.from_pretrained(small, backend="native")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+# Flags of the instruction sets, as in CMakeLists.txt.
+X86 = {"portable": [], "avx2": ["-mavx2", "-mfma"]}
+X86["avx512"] = [*X86["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+X86["avx512vnni"] = [*X86["avx512"], "-mavx512vnni"]
+X86["avx512bf16"] = [*X86["avx512vnni"], "-mavx512bf16"]
+ARM = {"portable": [], "dotprod": ["-march=armv8.2-a+dotprod"], "armbf16": ["-march=armv8.2-a+dotprod+bf16"]}
+ALL_OF_THEM = """#include "kernels.h"
+extern "C" const lastrerank::Kernels* lastrerank_kernels(int i) {
+  static const lastrerank::Kernels* all[] = {%s nullptr};
+  return all[i];
+}
+"""
+
+
+def build_driver(folder, sets, define="", compiler="g++", flags=(), every=False):
+    """The driver, linked with the kernels of these instruction sets. every: it runs them all, whatever is here."""
+    flags = ["-std=c++17", "-Wno-psabi", f"-I{ROOT / 'csrc'}", *([f"-D{define}"] if define else []), *flags]
+    jobs, objects = [], [str(folder / f"{name}.o") for name in sets]
+    for (name, own), target in zip(sets.items(), objects, strict=True):
+        command = [compiler, *flags, *own, f"-DLASTRERANK_ISA={name}", "-c", str(ROOT / "csrc/kernels.cpp")]
+        command += ["-o", target]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for job in jobs:
+        complaints = job.communicate(timeout=300)[1]
+        assert job.returncode == 0, complaints
+    api = ROOT / "csrc/api.cpp"
+    if every:
+        api = folder / "all.cpp"
+        api.write_text(ALL_OF_THEM % "".join(f"&lastrerank::kernels_{name}, " for name in sets))
+    sources = [str(ROOT / "tests/native_driver.cpp"), str(ROOT / "csrc/parallel.cpp"), str(api)]
+    driver = folder / "driver"
+    subprocess.run([compiler, *flags, *sources, *objects, "-o", str(driver), "-lpthread"], check=True, timeout=300)
+    return driver
+
+
+def run_driver(*command):
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "0 failures\n"
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@needs_compiler
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers(tmp_path, sanitizers):
     """The driver with every kernel that runs here, under the sanitizers."""
-    flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-Wno-psabi",
-             f"-I{ROOT / 'csrc'}"]  # fmt: skip
-    sets = {"portable": [], "avx2": ["-mavx2", "-mfma"]} if "avx2" in ISAS else {"portable": []}
-    # Without LASTRERANK_X86 the table would hold the portable kernels only; with it, all four must link.
-    x86 = {"avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]} if "avx2" in ISAS else {}
-    x86 |= {"avx512vnni": [*x86["avx512"], "-mavx512vnni"]} if x86 else {}
-    objects = []
-    jobs = []
-    for name, isa_flags in (sets | x86).items():
-        objects.append(str(tmp_path / f"{name}.o"))
-        command = ["g++", *flags, *isa_flags, f"-DLASTRERANK_ISA={name}", "-c", str(ROOT / "csrc/kernels.cpp"), "-o",
-                   objects[-1]]  # fmt: skip
-        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    for job in jobs:
-        assert job.wait(timeout=300) == 0, job.stderr.read()
-    driver = str(tmp_path / "driver")
-    sources = [str(ROOT / path) for path in ("tests/native_driver.cpp", "csrc/api.cpp", "csrc/parallel.cpp")]
-    define = ["-DLASTRERANK_X86"] if x86 else []
-    subprocess.run(["g++", *flags, *define, *sources, *objects, "-o", driver, "-lpthread"], check=True, timeout=300)
-    mode = [] if sanitizers == "thread" else ["fork"]
-    done = subprocess.run([driver, "4", *mode], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout == "0 failures\n"
+    flags = ["-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    sets = {name: own for name, own in (X86 | ARM).items() if name in ISAS}
+    driver = build_driver(tmp_path, sets, flags=flags, every=True)
+    run_driver(driver, 2, *([] if sanitizers == "thread" else ["fork"]))
+
+
+@needs_compiler
+@pytest.mark.skipif("avx2" not in ISAS, reason="needs an x86 compiler and AVX2")
+def test_avx512_by_stand_ins(tmp_path):
+    """The kernels for processors with AVX-512, VNNI and bf16 units, wherever they are tested: with the instructions'
+    definitions in place of the instructions."""
+    header = ["-O1", "-mavx2", "-mfma", "-include", str(ROOT / "tests/avx512_stand_ins.h")]
+    sets = {"avx512": header, "avx512vnni": [*header, "-DSTAND_IN_VNNI"],
+            "avx512bf16": [*header, "-DSTAND_IN_VNNI", "-DSTAND_IN_BF16"]}  # fmt: skip
+    run_driver(build_driver(tmp_path, sets, every=True), 1)
+
+
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.mark.skipif(
+    not (shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR)),
+    reason=f"needs {ARM_COMPILER} and {ARM_EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+def test_arm(tmp_path):
+    """On an Arm processor that has everything, one with 8-bit dot products alone, and one with neither."""
+    driver = build_driver(tmp_path, ARM, "LASTRERANK_ARM", ARM_COMPILER, ["-O1", "-static"])
+    for processor in ("max", "neoverse-n1", "cortex-a53"):
+        run_driver(ARM_EMULATOR, "-cpu", processor, driver, 2)
 
 
 SHAPES = {
@@ -349,16 +505,16 @@ def attend(
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
-def test_shapes_that_do_not_belong_together_are_refused(name, int8):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shapes_that_do_not_belong_together_are_refused(name, dtype):
     """Before a pointer is taken: they would be read and written beyond."""
     with torch.no_grad(), pytest.raises((ValueError, TypeError), match=r"\w"):
-        SHAPES[name](NativeOperations(int8))
+        SHAPES[name](NativeOperations(dtype))
 
 
 def test_rows_of_almost_nothing_stay_numbers():
     """In int8 the inverse of a row's largest value must not overflow."""
-    native = NativeOperations(int8=True)
+    native = NativeOperations(torch.int8)
     weight = native.prepare(torch.randn(8, 64))
     x = torch.randn(4, 64)
     x[1], x[2] = 1e-42, 0.0

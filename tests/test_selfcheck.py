@@ -48,7 +48,7 @@ def test_another_implementation_passes(config):
     """Not the reference itself: sums in another order, as a GPU has them."""
     from lastrerank.ops.native import NativeOperations
 
-    check(NativeOperations(int8=False), config, torch.float32)
+    check(NativeOperations(), config, torch.float32)
 
 
 class Planted(ReferenceOperations):

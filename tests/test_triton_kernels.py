@@ -7,12 +7,10 @@ emulator; test_emulated_kernels.py is what every run of the tests has of it.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import zlib
 
 import pytest
@@ -28,26 +26,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if not INTERPRET and DEVICE == "cpu" and not EMULATE:
 
-    _started: list[subprocess.Popen[str]] = []
-
-    def start_beside_the_others():
-        """Minutes on one core: from the beginning of the session on (see conftest.py)."""
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (for as long as the job runs)
-        job = subprocess.Popen(
-            [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"],
-            env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=output, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        job.output = output
-        atexit.register(job.kill)
-        _started.append(job)
-
+    @pytest.mark.takes_minutes
     def test_in_the_interpreter():
-        [job] = _started
-        code = job.wait(timeout=1800)
-        job.output.seek(0)
-        written = job.output.read()
-        assert code == 0, written[-5000:]
-        assert " passed" in written
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider", "-p", "no:xdist"],
+            env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=1800,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-5000:]
+        assert " passed" in done.stdout
 
 else:
     if INTERPRET:

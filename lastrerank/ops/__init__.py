@@ -56,9 +56,9 @@ class Prefixes:
 class Operations(Protocol):
     """T rows, D hidden width, d head width, Hq query heads, Hkv key/value heads, F intermediate width.
 
-    In `select`, dtype torch.int8 means int8 linears between fp32 activations, and torch.float8_e4m3fn float8 linears
-    between bf16 ones. Norms and SwiGLU feed `linear` alone: an implementation may return them as rows that only its own
-    `linear` understands, quantised on the way out.
+    In `select`, dtype is what is multiplied; `residual_dtype` says in what the activations between operations are.
+    Norms and SwiGLU feed `linear` alone: an implementation may return them as rows that only its own `linear`
+    understands, quantised on the way out.
     With grad disabled, `add_rms_norm`, `qk_norm_rope` and `out=` write in place. With grad enabled nothing is written
     in place and everything is differentiable (reference only).
     """
@@ -201,11 +201,11 @@ def attention_flops(
 def _native(device: torch.device, dtype: torch.dtype) -> Operations:
     if device.type != "cpu":
         raise RuntimeError(f"it runs on the CPU, not on {device.type}")
-    if dtype not in (torch.float32, torch.int8):
-        raise RuntimeError(f"it computes in float32 and int8, not in {_short(dtype)}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise RuntimeError(f"it computes in float32, bfloat16 and int8, not in {_short(dtype)}")
     from lastrerank.ops.native import NativeOperations
 
-    return NativeOperations(int8=dtype == torch.int8)
+    return NativeOperations(dtype)
 
 
 def _reference(device: torch.device, dtype: torch.dtype) -> Operations:
@@ -266,9 +266,16 @@ BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
 
 # By kind of device: what computes faster than the reference, and in which dtypes.
 _FASTEST: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
-    "cpu": ("native", (torch.float32,)),
+    "cpu": ("native", (torch.float32, torch.bfloat16)),
     "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
 }
+
+
+def residual_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In what the backend called `name` keeps activations, norms and readouts when asked for `dtype`."""
+    if name == "native":
+        return torch.float32
+    return torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
 
 
 def select(

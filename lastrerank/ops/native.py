@@ -1,10 +1,19 @@
 """The operations on a CPU by the C++ kernels of `csrc/`, through a plain C interface.
 
-fp32 activations; linears in fp32, or in int8 (weights 7 bits and symmetric per output, the few too large for that kept
-in fp32 beside them; activations 8 bits and symmetric per row; integer accumulation). What the kernels don't do better
-than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
+fp32 activations between operations, and one of three precisions of what is multiplied in them:
 
-`LASTRERANK_ISA` forces an instruction set (portable, avx2, avx512, avx512vnni) for tests and measurements.
+- float32: numbers as they are.
+- bfloat16: weights are stored in bf16, and what they multiply is rounded to bf16 (to nearest, ties to even) as it comes
+  in; likewise queries, keys, values and softmax's weights in attention. Products are exact, sums in fp32. The rule is
+  the same on every processor: one with units for it multiplies faster, any other needs half the memory all the same.
+- int8: weights 7 bits and symmetric per output, the few too large for that kept in fp32 beside them; activations 8 bits
+  and symmetric per row; integer accumulation. In attention integers of 16 bits, symmetric per row and head, softmax's
+  weights per row and tile of 64 keys: without VNNI they multiply as fast as 8 bits, and they cost no accuracy.
+
+What the kernels don't do better than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
+
+`LASTRERANK_ISA` forces an instruction set for tests and measurements: portable, avx2, avx512, avx512vnni or avx512bf16,
+on Arm portable, dotprod or armbf16.
 """
 
 from __future__ import annotations
@@ -31,7 +40,9 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 5
+_VERSION = 6
+# What attention multiplies (Precision of kernels.h), by the dtype that was asked for.
+_PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
 _I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
@@ -42,12 +53,16 @@ class _Kernels(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
         ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
+        ("packed_bf16_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_i8_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("pack_f32", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
         ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
+        ("pack_bf16", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
+        ("unpack_bf16", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
         ("pack_i8", ctypes.CFUNCTYPE(_L, _P, ctypes.c_bool, _L, _L, ctypes.c_bool, _P, _P, _P, _P, _L)),
         ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
         ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
+        ("linear_bf16", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
         ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _P, _L)),
         ("add_rms_norm", ctypes.CFUNCTYPE(_I, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
         ("swiglu", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L)),
@@ -55,7 +70,7 @@ class _Kernels(ctypes.Structure):
         (
             "attention",
             ctypes.CFUNCTYPE(
-                _I, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _P, _P, _L, _L, _L, _L, _L, _F, _P, _L
+                _I, _I, _I, _P, _L, _L, _P, _P, _L, _P, _L, _L, _P, _P, _L, _L, _L, _L, _L, _F, _P, _L
             ),
         ),
     )
@@ -98,23 +113,26 @@ class NativeOperations(ReferenceOperations):
     """See `lastrerank.ops.Operations`. fp32 tensors on the CPU whose rows are contiguous; grad must be disabled.
 
     Args:
-        int8: whether `prepare` quantises weights.
+        dtype: of what is multiplied: float32, bfloat16 or int8.
 
     Raises:
         RuntimeError: the library is missing, or the instruction set forced by LASTRERANK_ISA doesn't run here.
     """
 
-    def __init__(self, int8: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         forced = os.environ.get("LASTRERANK_ISA")
         tables = {table.name.decode(): table for table in _tables()}
         if forced is not None and forced not in tables:
             raise RuntimeError(f"LASTRERANK_ISA is {forced!r}, this processor and library have {list(tables)}")
         self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
-        self.int8 = int8
+        self.dtype = dtype
+        self._precision = _PRECISIONS[dtype]
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
-        return Int8Weight(weight, scales, self.kernels) if self.int8 else PackedWeight(weight, self.kernels)
+        if self.dtype == torch.int8:
+            return Int8Weight(weight, scales, self.kernels)
+        return PackedWeight(weight, self.kernels, self.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         check_rms_norm(x, weight)
@@ -191,7 +209,7 @@ class NativeOperations(ReferenceOperations):
             keys, values = k[starts[s] :], v[starts[s] :]
             start, shared = (0, 0) if prefixes is None else prefixes.host[s]
             _done(self.kernels.attention(
-                num_threads(), _pointer(q[first:]), q.stride(0), last - first,
+                self._precision, num_threads(), _pointer(q[first:]), q.stride(0), last - first,
                 _pointer(positions, torch.int64), _pointer(keys), k.stride(0), _pointer(values), v.stride(0), length,
                 _pointer(k[start:]), _pointer(v[start:]), shared, q.shape[1], k.shape[1], q.shape[2], window or 0,
                 scale, _pointer(out[first:]), out.stride(0),
@@ -206,34 +224,38 @@ class NativeOperations(ReferenceOperations):
 
     def __reduce__(self) -> Any:
         """Another process finds its own library and instruction set."""
-        return NativeOperations, (self.int8,)
+        return NativeOperations, (self.dtype,)
 
 
 class PackedWeight:
-    """A weight in fp32, packed into panels for the kernels of one instruction set. bf16 sources are read directly."""
+    """A weight in fp32 or bf16, packed into panels for the kernels of one instruction set; bf16 is read directly."""
 
-    def __init__(self, weight: torch.Tensor, kernels: Any) -> None:
+    def __init__(self, weight: torch.Tensor, kernels: Any, dtype: torch.dtype = torch.float32) -> None:
         check_weight(weight)
         self.out_features, self.in_features = weight.shape
-        self._kernels = kernels
+        self.dtype = dtype
+        suffix = "f32" if dtype == torch.float32 else "bf16"
+        self._linear, self._unpack = (getattr(kernels, f"{name}_{suffix}") for name in ("linear", "unpack"))
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
-        self._packed = _empty(kernels.packed_f32_size(*weight.shape))
-        kernels.pack_f32(
-            _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape, _pointer(self._packed)
-        )
+        self._packed = _empty(getattr(kernels, f"packed_{suffix}_size")(*weight.shape), dtype=dtype)
+        getattr(kernels, f"pack_{suffix}")(
+            _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape,
+            _pointer(self._packed, dtype),
+        )  # fmt: skip
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
         check_linear(x, self.out_features, self.in_features, bias, out)
         out = _empty(len(x), self.out_features) if out is None else out
-        _done(self._kernels.linear_f32(
-            num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed), self.out_features,
+        _done(self._linear(
+            num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed, self.dtype), self.out_features,
             _pointer(bias), _pointer(out), out.stride(0),
         ))  # fmt: skip
         return out
 
     def unpack(self) -> torch.Tensor:
+        """In fp32; a weight that was packed in bf16 is rounded to it."""
         weight = _empty(self.out_features, self.in_features)
-        self._kernels.unpack_f32(_pointer(self._packed), *weight.shape, _pointer(weight))
+        self._unpack(_pointer(self._packed, self.dtype), *weight.shape, _pointer(weight))
         return weight
 
 

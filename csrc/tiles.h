@@ -1,0 +1,251 @@
+// Register tiles: R rows times one packed panel of kPanel columns, in fp32, bf16 and integers of 8 and 16 bits.
+//
+// A panel holds its columns side by side for every input (fp32), every pair of inputs (16 bits) or every four (8 bits),
+// so that one vector load feeds one product of every lane. Included by `kernels.cpp` alone.
+#pragma once
+
+#include <type_traits>
+
+#include "vectors.h"
+
+// A function of its own, so that nothing around it wants registers.
+#define LASTRERANK_TILE __attribute__((noinline))
+
+namespace lastrerank {
+namespace {
+
+// tile(R, row) for rows first .. last - 1: kMost of them at a time, what remains in one tile.
+template <int kMost, typename Tile>
+inline void in_tiles(long first, long last, const Tile& tile) {
+  for (; first + kMost <= last; first += kMost) tile(std::integral_constant<int, kMost>(), first);
+  if constexpr (kMost > 1) {
+    if (first + kMost - 1 == last) {
+      tile(std::integral_constant<int, kMost - 1>(), first);
+    } else if (first < last) {
+      in_tiles<kMost - 1>(first, last, tile);
+    }
+  }
+}
+
+// c (+)= acc, of which `columns` are there.
+template <int R>
+LASTRERANK_INLINE void store_tile(const Vec (&acc)[R][2], float* c, long ldc, bool accumulate, long columns) {
+  if (columns == kPanel) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      float* row = c + r * ldc;
+      store(row, accumulate ? load(row) + acc[r][0] : acc[r][0]);
+      store(row + kLanes, accumulate ? load(row + kLanes) + acc[r][1] : acc[r][1]);
+    }
+    return;
+  }
+  float spilled[R][kPanel];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(spilled[r], acc[r][0]);
+    store(spilled[r] + kLanes, acc[r][1]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (long j = 0; j < columns; ++j) c[r * ldc + j] = accumulate ? c[r * ldc + j] + spilled[r][j] : spilled[r][j];
+}
+
+// ---- fp32 ---------------------------------------------------------------------------------------------------------
+
+// c[R, columns] (+)= a[R, k] @ panel[k, kPanel]. a is in rows of `lda`, or kRows rows interleaved.
+template <int R, bool kInterleaved>
+LASTRERANK_TILE void tile_f32(const float* __restrict a, long lda, const float* __restrict panel, long k, float* c, long ldc,
+                     bool accumulate, long columns) {
+  Vec acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
+  for (long i = 0; i < k; ++i) {
+    const Vec b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(kInterleaved ? a[i * kRows + r] : a[r * lda + i]);
+      acc[r][0] += x * b0;
+      acc[r][1] += x * b1;
+    }
+  }
+  store_tile<R>(acc, c, ldc, accumulate, columns);
+}
+
+// ---- bf16 ---------------------------------------------------------------------------------------------------------
+
+// acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], of bf16 numbers, in fp32.
+#if defined(__AVX512BF16__)
+constexpr bool kBf16Units = true;
+LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool kBf16Units = true;
+LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
+  return (Vec)vbfdotq_f32((float32x4_t)acc, vreinterpretq_bf16_u32(vdupq_n_u32(a)),
+                          vreinterpretq_bf16_u32((uint32x4_t)b));
+}
+#else
+constexpr bool kBf16Units = false;
+LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
+  return acc + splat(bits<float>(a << 16)) * bits<Vec>(b << 16) +
+         splat(bits<float>(a & 0xffff0000u)) * bits<Vec>(b & 0xffff0000u);
+}
+#endif
+
+// c[R, columns] (+)= a[R, 2 pairs] @ panel: a and panel bf16, in pairs. a as in tile_f32, in pairs.
+template <int R, bool kInterleaved>
+LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uint16_t* __restrict panel, long pairs, float* c,
+                      long ldc, bool accumulate, long columns) {
+  Vec acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
+  for (long i = 0; i < pairs; ++i) {
+    const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const uint32_t x = load_word(kInterleaved ? a + 2 * (i * kRows + r) : a + r * lda + 2 * i);
+      acc[r][0] = dot2_bf16(acc[r][0], x, b0);
+      acc[r][1] = dot2_bf16(acc[r][1], x, b1);
+    }
+  }
+  store_tile<R>(acc, c, ldc, accumulate, columns);
+}
+
+// The same without units for bf16: a in fp32 (of bf16 numbers), interleaved; the panel is widened on the way.
+template <int R>
+LASTRERANK_TILE void tile_widened(const float* __restrict a, const uint16_t* __restrict panel, long pairs, float* c, long ldc,
+                         bool accumulate, long columns) {
+  Vec acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
+  for (long i = 0; i < pairs; ++i) {
+    const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
+    const Vec even0 = bits<Vec>(b0 << 16), even1 = bits<Vec>(b1 << 16);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(a[2 * i * kRows + r]);
+      acc[r][0] += x * even0;
+      acc[r][1] += x * even1;
+    }
+    const Vec odd0 = bits<Vec>(b0 & 0xffff0000u), odd1 = bits<Vec>(b1 & 0xffff0000u);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Vec x = splat(a[(2 * i + 1) * kRows + r]);
+      acc[r][0] += x * odd0;
+      acc[r][1] += x * odd1;
+    }
+  }
+  store_tile<R>(acc, c, ldc, accumulate, columns);
+}
+
+// ---- integers of 16 bits ------------------------------------------------------------------------------------------
+
+// acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], signed. As fast as 8 bits where there is no VNNI, and 64 times finer.
+#if defined(__AVX512VNNI__)
+LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
+  return (IVec)_mm512_dpwssd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+}
+#elif defined(__AVX512BW__)
+LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
+  return acc + (IVec)_mm512_madd_epi16(_mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+}
+#elif defined(__AVX2__)
+LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
+  return acc + (IVec)_mm256_madd_epi16(_mm256_set1_epi32(static_cast<int>(a)), (__m256i)b);
+}
+#else
+LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
+  return acc + static_cast<int16_t>(a & 0xffff) * ((IVec)(b << 16) >> 16) + static_cast<int16_t>(a >> 16) * ((IVec)b >> 16);
+}
+#endif
+
+// c[R, kPanel] (+)= a[R, 2 pairs] @ panel * row_scales, * column_scales unless null. The caller sees to it that no sum
+// overflows.
+template <int R>
+LASTRERANK_TILE void tile_i16(const int16_t* __restrict a, long lda, const int16_t* __restrict panel, long pairs,
+                     const float* row_scales, const float* column_scales, float* c, long ldc, bool accumulate) {
+  IVec acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
+  for (long i = 0; i < pairs; ++i) {
+    const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const uint32_t x = load_word(a + r * lda + 2 * i);
+      acc[r][0] = dot2_i16(acc[r][0], x, b0);
+      acc[r][1] = dot2_i16(acc[r][1], x, b1);
+    }
+  }
+  Vec scaled[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+    for (int half = 0; half < 2; ++half) {
+      scaled[r][half] = __builtin_convertvector(acc[r][half], Vec) * row_scales[r];
+      if (column_scales != nullptr) scaled[r][half] *= load(column_scales + half * kLanes);
+    }
+  store_tile<R>(scaled, c, ldc, accumulate, kPanel);
+}
+
+// ---- integers of 8 bits -------------------------------------------------------------------------------------------
+
+// acc[j] += sum of a[0..3] * b[4j .. 4j + 3]: b signed 7 bits; a 8 bits around kZero, unsigned on x86, where the pairwise
+// 16-bit sums of maddubs can't saturate (2 * 255 * 64 < 32768).
+#if defined(__AVX512VNNI__)
+constexpr int kZero = 128;
+LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
+  return (IVec)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+}
+#elif defined(__AVX512BW__)
+constexpr int kZero = 128;
+LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
+  return (IVec)_mm512_add_epi32((__m512i)acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__)
+constexpr int kZero = 128;
+LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(static_cast<int>(a)), (__m256i)b);
+  return (IVec)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kZero = 0;
+LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
+  return (IVec)vdotq_s32((int32x4_t)acc, (int8x16_t)vdupq_n_u32(a), (int8x16_t)b);
+}
+#else
+constexpr int kZero = 0;
+LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    acc += static_cast<int8_t>(a >> 8 * i & 0xff) * ((IVec)(b << (24 - 8 * i)) >> 24);
+  return acc;
+}
+#endif
+
+template <int R>
+LASTRERANK_TILE void tile_i8(const uint8_t* __restrict a, long lda, const float* row_scales, const int8_t* __restrict panel,
+                    long groups, const float* scales, const int32_t* sums, const float* bias, float* c, long ldc,
+                    long columns) {
+  IVec acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
+  for (long i = 0; i < groups; ++i) {
+    const UVec b0 = load_words(panel + i * kPanel * 4), b1 = load_words(panel + i * kPanel * 4 + 4 * kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const uint32_t x = load_word(a + r * lda + 4 * i);
+      acc[r][0] = dot4(acc[r][0], x, b0);
+      acc[r][1] = dot4(acc[r][1], x, b1);
+    }
+  }
+  int32_t spilled[R][kPanel];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    std::memcpy(spilled[r], &acc[r][0], sizeof acc[r][0]);
+    std::memcpy(spilled[r] + kLanes, &acc[r][1], sizeof acc[r][1]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (long j = 0; j < columns; ++j) {
+      // x = row_scale * (a - kZero), so the weights' sum is taken off that often.
+      const int32_t value = spilled[r][j] - kZero * sums[j];
+      c[r * ldc + j] = static_cast<float>(value) * (row_scales[r] * scales[j]) + (bias != nullptr ? bias[j] : 0.0f);
+    }
+}
+
+}  // namespace
+}  // namespace lastrerank

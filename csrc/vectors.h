@@ -1,0 +1,165 @@
+// Vectors of one instruction set, as the compiler's own (GCC, Clang), and what is computed on whole rows of them.
+//
+// Included by `kernels.cpp` alone, which is compiled once for each instruction set: everything here is local to it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+// Where a call would put a tile's registers on the stack.
+#define LASTRERANK_INLINE inline __attribute__((always_inline))
+
+namespace lastrerank {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRows = 12;  // rows of a register tile: 24 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+constexpr int kRows = 6;  // 12 accumulators of 16 registers
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kRows = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kRows = 6;
+#endif
+constexpr int kPanel = 2 * kLanes;  // columns of a register tile and of a packed panel
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec splat(float x) { return x - Vec{}; }
+inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
+template <typename To, typename From>
+inline To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits() reinterprets");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// 32 bits a lane, whatever is in them: two of 16 bits, four of 8.
+inline UVec load_words(const void* p) {
+  UVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline uint32_t load_word(const void* p) {
+  uint32_t pair;
+  std::memcpy(&pair, p, sizeof pair);
+  return pair;
+}
+
+inline float sum(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// exp(x), relative error about 2 ulp for x in [-87, 88]; 0 below. Cephes' range reduction and polynomial.
+LASTRERANK_INLINE Vec exp(Vec x) {
+  const IVec underflow = x < -87.0f;
+  x = underflow ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const Vec scaled = x * 1.44269504088896341f;
+  const IVec n = __builtin_convertvector(scaled + (scaled < 0.0f ? splat(-0.5f) : splat(0.5f)), IVec);
+  const Vec nf = __builtin_convertvector(n, Vec);
+  const Vec r = (x - nf * 0.693359375f) - nf * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return underflow ? splat(0.0f) : p * bits<Vec>((n + 127) << 23);
+}
+
+// 2^x for x <= 0, relative error about 5e-6; 0 far below. Enough for what goes on a grid of 16 bits.
+LASTRERANK_INLINE Vec exp2_coarse(Vec x) {
+  x = x < -126.0f ? splat(-126.0f) : x;
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer stands in the last bits
+  const Vec r = x - (shifted - 12582912.0f);
+  Vec p = splat(9.670326e-3f);
+  p = p * r + 5.5497114e-2f;
+  p = p * r + 2.4022321e-1f;
+  p = p * r + 6.9314721e-1f;
+  p = p * r + 1.0f;
+  return p * bits<Vec>((bits<IVec>(shifted) << 23) + (127 << 23));
+}
+
+// ---- bf16 ---------------------------------------------------------------------------------------------------------
+
+inline float bf16(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+
+// To nearest, ties to even; what is no number stays none.
+inline uint16_t to_bf16(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  return static_cast<uint16_t>(x != x ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+// The nearest bf16 number, as a float.
+inline Vec rounded_to_bf16(Vec x) {
+  const UVec u = bits<UVec>(x), rounded = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
+  return x != x ? x : bits<Vec>(rounded);
+}
+
+// ---- integers -----------------------------------------------------------------------------------------------------
+
+// The largest |x|, at least 1e-30, of which the inverse is still a number; NaN if x is not finite somewhere.
+inline float magnitude(const float* x, long n) {
+  Vec top{}, zeros{};  // x * 0 is NaN where x is not finite
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = load(x + i), size = v < 0.0f ? -v : v;
+    zeros += v * 0.0f;
+    top = size > top ? size : top;
+  }
+  float largest = 1e-30f, zero = sum(zeros);
+  for (int j = 0; j < kLanes; ++j) largest = std::max(largest, top[j]);
+  for (; i < n; ++i) {
+    largest = std::max(largest, std::fabs(x[i]));
+    zero += x[i] * 0.0f;
+  }
+  return zero == 0.0f ? largest : NAN;
+}
+
+// x on a symmetric grid of `grid` steps to either side of `zero`, the outermost at `largest`, its magnitude; returns the
+// step. A row that is not finite must not turn into numbers: its step is NaN, and so becomes what is made of it.
+template <typename Integer>
+inline float quantize(const float* x, long n, float largest, float grid, int zero, Integer* out) {
+  typedef Integer Short __attribute__((vector_size(kLanes * sizeof(Integer)), aligned(1)));
+  if (largest != largest) {
+    std::fill(out, out + n, static_cast<Integer>(zero));
+    return NAN;
+  }
+  const float inverse = grid / largest;
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = load(x + i) * inverse;
+    const IVec q = __builtin_convertvector(v + (v < 0.0f ? splat(-0.5f) : splat(0.5f)), IVec) + zero;
+    *reinterpret_cast<Short*>(out + i) = __builtin_convertvector(q, Short);
+  }
+  for (; i < n; ++i) {
+    const float v = x[i] * inverse;
+    out[i] = static_cast<Integer>(static_cast<int>(v + (v < 0 ? -0.5f : 0.5f)) + zero);
+  }
+  return largest / grid;
+}
+
+}  // namespace
+}  // namespace lastrerank
