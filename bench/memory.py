@@ -21,7 +21,7 @@ from bench.measure import PeakMemory, give_back_freed, resident, write_results
 from bench.providers import PROVIDERS, UnavailableError
 
 DEFAULT = ("transformers-sdpa-float32", "lastrerank-reference-float32", "lastrerank-native-float32",
-           "lastrerank-native-int8")  # fmt: skip
+           "lastrerank-native-bfloat16", "lastrerank-native-int8")  # fmt: skip
 
 
 def main() -> None:

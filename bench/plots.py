@@ -85,7 +85,8 @@ _SHADES = (
     ("transformers-sdpa-float32", "#5c6770"), ("transformers-eager", "#b9c1c7"), ("transformers", "#7d8890"),
     ("sentence-transformers", "#98a2a9"), ("openvino", "#a9b2b8"), ("onnxruntime-int8", "#8d979e"),
     ("onnxruntime", "#c5ccd1"), ("llama.cpp-q8_0", "#d2d7db"), ("llama.cpp", "#dfe3e6"),
-    ("lastrerank-native-int8", "#d1495b"), ("lastrerank-native-unshared", "#9cc3dc"),
+    ("lastrerank-native-int8", "#d1495b"), ("lastrerank-native-bfloat16", "#e8a33d"),
+    ("lastrerank-native-unshared", "#9cc3dc"),
     ("lastrerank-native", "#14507a"), ("lastrerank-triton", "#14507a"), ("lastrerank-float8", "#d1495b"),
     ("lastrerank", "#5b9bc4"),
 )  # fmt: skip

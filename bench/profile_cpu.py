@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = [{"operation": "peak", "gflops": peak}] if peak else []
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(folder, options.shape)
-        for dtype in ("float32", "int8"):
+        for dtype in ("float32", "bfloat16", "int8"):
             reranker = Reranker.from_pretrained(folder, device="cpu", backend="native", dtype=dtype)
             for workload in options.workloads:
                 requests = [as_request(request) for request in make_requests(*WORKLOADS[workload], reranker)]

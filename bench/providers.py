@@ -130,5 +130,6 @@ PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "lastrerank-reference-float32": ours("reference", "float32"),
     "lastrerank-native-float32": ours("native", "float32"),
     "lastrerank-native-unshared-float32": ours("native", "float32", share=False),
+    "lastrerank-native-bfloat16": ours("native", "bfloat16"),
     "lastrerank-native-int8": ours("native", "int8"),
 }

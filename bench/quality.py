@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lastrerank.cli import default_model
 from lastrerank.evaluation.beir import read_beir
 from lastrerank.evaluation.report import evaluate, plot
 from lastrerank.evaluation.run import bm25_candidates, evaluate_ranking, ordered
+from lastrerank.speed import kendall_tau
 
 DEV = ("lo-help-en-us", "lo-help-de", "lo-help-ja", "debian-en")
 DEPTH, DOC_TOKENS = 20, 256
@@ -29,19 +29,12 @@ COMMON: dict[str, Any] = {"top_k": DEPTH, "max_doc_length": DOC_TOKENS, "progres
 PARTS = ("chance", "dev", "zero-shot", "agreement")
 
 
-def kendall_tau(a: list[int], b: list[int]) -> float:
-    """Of two orders of the same items, without ties."""
-    place = {item: n for n, item in enumerate(b)}
-    agree = sum(place[x] < place[y] for x, y in combinations(a, 2))
-    pairs = len(a) * (len(a) - 1) // 2
-    return 2 * agree / pairs - 1
-
-
 def agreement(root: Path, model: str, queries: int) -> list[dict[str, Any]]:
     """Every backend and dtype here against the reference in fp32, on real lists in random order."""
     truth = Reranker.from_pretrained(model, device="cpu", backend="reference", dtype="float32")
     others = {}
-    for backend, dtype in (("native", "float32"), ("native", "int8"), ("reference", "bfloat16")):
+    compared = ("native", "float32"), ("native", "bfloat16"), ("native", "int8"), ("reference", "bfloat16")
+    for backend, dtype in compared:
         try:
             others[f"{backend} {dtype}"] = Reranker.from_pretrained(model, device="cpu", backend=backend, dtype=dtype)
         except RuntimeError as reason:

@@ -55,7 +55,8 @@ std::unique_ptr<T[]> interleaved(int threads, long m, long size, const Write& wr
   std::unique_ptr<T[]> tiles(new T[ceil_div(m, kRows) * size]);
   T* first = tiles.get();
   parallel_for(threads, ceil_div(m, kRows), [=](long task) {
-    for (long row = task * kRows; row < std::min(m, (task + 1) * kRows); ++row) write(row, first + task * size, row % kRows);
+    for (long row = task * kRows; row < std::min(m, (task + 1) * kRows); ++row)
+      write(row, first + task * size, row % kRows);
   });
   return tiles;
 }
@@ -88,7 +89,8 @@ void linear_f32(int threads, const float* x, long ldx, long m, long k, const flo
       for (long p = first; p < last; ++p)
         in_tiles<kRows>(row, end, [&](auto rows, long r) {
           tile_f32<rows.value, true>(tiles + r * k + depth * kRows, k, packed + (p * k + depth) * kPanel, span,
-                                     out + r * ldo + p * kPanel, ldo, depth > 0, std::min<long>(kPanel, n - p * kPanel));
+                                     out + r * ldo + p * kPanel, ldo, depth > 0,
+                                     std::min<long>(kPanel, n - p * kPanel));
         });
     }
   });
@@ -321,7 +323,7 @@ constexpr long kQueryRows = 96;  // query rows of a task, the group's heads toge
 // What attention multiplies. Logits, softmax and sums are in fp32 in each.
 //
 // Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Pairs: the same, for units that take pairs.
-// Grid: 16-bit integers, queries, keys and values on a grid of their own each row and head, softmax's weights each tile.
+// Grid: 16-bit integers; a grid each row and head for queries, keys and values, each row and tile for softmax's weights.
 enum class Format { kFp32, kRounded, kPairs, kGrid };
 
 template <Format kFormat>
@@ -366,7 +368,9 @@ struct Of {
 };
 
 // Steps of grids whose products can't overflow 32 bits: a sum over a head's width, and one over a tile's keys.
-inline float logit_grid(long dim) { return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / (dim + dim % 2)) - 1)); }
+inline float logit_grid(long dim) {
+  return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f));
+}
 constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f;
 static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 
@@ -382,9 +386,10 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
   length += prefix;
   auto key_row = [=](long key) { return key < prefix ? prefix_k + key * ldk : k + (key - prefix) * ldk; };
   auto value_row = [=](long key) { return key < prefix ? prefix_v + key * ldv : v + (key - prefix) * ldv; };
-  const long group = heads / kv_heads, tile_rows = std::max<long>(1, kQueryRows / group), tiles = ceil_div(length, kKeys),
-             width = ceil_div(dim, inputs) * inputs, value_panels = ceil_div(dim, kPanel),
-             key_size = kKeys * width, value_size = kKeys * value_panels * kPanel;
+  const long group = heads / kv_heads, tile_rows = std::max<long>(1, kQueryRows / group),
+             tiles = ceil_div(length, kKeys), width = ceil_div(dim, inputs) * inputs,
+             value_panels = ceil_div(dim, kPanel), key_size = kKeys * width,
+             value_size = kKeys * value_panels * kPanel;
   const float logits = logit_grid(dim);
 
   // A tile's keys transposed into panels, [panel][input][kPanel]; values as [panel][key][kPanel]; `inputs` together.

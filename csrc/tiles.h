@@ -53,8 +53,8 @@ LASTRERANK_INLINE void store_tile(const Vec (&acc)[R][2], float* c, long ldc, bo
 
 // c[R, columns] (+)= a[R, k] @ panel[k, kPanel]. a is in rows of `lda`, or kRows rows interleaved.
 template <int R, bool kInterleaved>
-LASTRERANK_TILE void tile_f32(const float* __restrict a, long lda, const float* __restrict panel, long k, float* c, long ldc,
-                     bool accumulate, long columns) {
+LASTRERANK_TILE void tile_f32(const float* __restrict a, long lda, const float* __restrict panel, long k, float* c,
+                              long ldc, bool accumulate, long columns) {
   Vec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
   for (long i = 0; i < k; ++i) {
@@ -93,8 +93,8 @@ LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
 
 // c[R, columns] (+)= a[R, 2 pairs] @ panel: a and panel bf16, in pairs. a as in tile_f32, in pairs.
 template <int R, bool kInterleaved>
-LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uint16_t* __restrict panel, long pairs, float* c,
-                      long ldc, bool accumulate, long columns) {
+LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uint16_t* __restrict panel, long pairs,
+                               float* c, long ldc, bool accumulate, long columns) {
   Vec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
   for (long i = 0; i < pairs; ++i) {
@@ -111,8 +111,8 @@ LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uin
 
 // The same without units for bf16: a in fp32 (of bf16 numbers), interleaved; the panel is widened on the way.
 template <int R>
-LASTRERANK_TILE void tile_widened(const float* __restrict a, const uint16_t* __restrict panel, long pairs, float* c, long ldc,
-                         bool accumulate, long columns) {
+LASTRERANK_TILE void tile_widened(const float* __restrict a, const uint16_t* __restrict panel, long pairs, float* c,
+                                  long ldc, bool accumulate, long columns) {
   Vec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
   for (long i = 0; i < pairs; ++i) {
@@ -152,7 +152,8 @@ LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
 }
 #else
 LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
-  return acc + static_cast<int16_t>(a & 0xffff) * ((IVec)(b << 16) >> 16) + static_cast<int16_t>(a >> 16) * ((IVec)b >> 16);
+  return acc + static_cast<int16_t>(a & 0xffff) * ((IVec)(b << 16) >> 16) +
+         static_cast<int16_t>(a >> 16) * ((IVec)b >> 16);
 }
 #endif
 
@@ -160,7 +161,8 @@ LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
 // overflows.
 template <int R>
 LASTRERANK_TILE void tile_i16(const int16_t* __restrict a, long lda, const int16_t* __restrict panel, long pairs,
-                     const float* row_scales, const float* column_scales, float* c, long ldc, bool accumulate) {
+                              const float* row_scales, const float* column_scales, float* c, long ldc,
+                              bool accumulate) {
   IVec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
   for (long i = 0; i < pairs; ++i) {
@@ -184,8 +186,8 @@ LASTRERANK_TILE void tile_i16(const int16_t* __restrict a, long lda, const int16
 
 // ---- integers of 8 bits -------------------------------------------------------------------------------------------
 
-// acc[j] += sum of a[0..3] * b[4j .. 4j + 3]: b signed 7 bits; a 8 bits around kZero, unsigned on x86, where the pairwise
-// 16-bit sums of maddubs can't saturate (2 * 255 * 64 < 32768).
+// acc[j] += sum of a[0..3] * b[4j .. 4j + 3]: b signed 7 bits; a 8 bits around kZero, unsigned on x86, where the
+// pairwise 16-bit sums of maddubs can't saturate (2 * 255 * 64 < 32768).
 #if defined(__AVX512VNNI__)
 constexpr int kZero = 128;
 LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
@@ -219,9 +221,9 @@ LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
 #endif
 
 template <int R>
-LASTRERANK_TILE void tile_i8(const uint8_t* __restrict a, long lda, const float* row_scales, const int8_t* __restrict panel,
-                    long groups, const float* scales, const int32_t* sums, const float* bias, float* c, long ldc,
-                    long columns) {
+LASTRERANK_TILE void tile_i8(const uint8_t* __restrict a, long lda, const float* row_scales,
+                             const int8_t* __restrict panel, long groups, const float* scales, const int32_t* sums,
+                             const float* bias, float* c, long ldc, long columns) {
   IVec acc[R][2];
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
   for (long i = 0; i < groups; ++i) {

@@ -404,7 +404,7 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """How fast a model runs here, by every backend, and how far the scores are from the reference's."""
-    from lastrerank.speed import measure
+    from lastrerank.speed import measure, recommendation
 
     try:
         _set_threads(None)
@@ -419,6 +419,7 @@ def bench(
     from rich.console import Console
 
     Console().print(speed_table(rows))
+    print(recommendation(rows))
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +21,9 @@ _SELF_CHECK_TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 
 
 def examine(device: str = "auto", model: str | Path = BUNDLED) -> dict[str, Any]:
-    """Versions, device, why each backend is or isn't available, a random tiny model scored by each that is, and on a
-    GPU whether the compiled kernels are found right for the shape of `model`, which is what "auto" goes by."""
+    """Versions, device, why each backend is or isn't available, a random tiny model scored by each that is; on a CPU
+    with which instructions and how fast its kernels multiply; on a GPU whether the compiled kernels are found right for
+    the shape of `model`, which is what "auto" goes by."""
     target = resolve_device(device)
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     versions = {"lastrerank": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -38,9 +40,30 @@ def examine(device: str = "auto", model: str | Path = BUNDLED) -> dict[str, Any]
         "versions": versions,
         "device": f"{target} ({name}), {torch.get_num_threads()} threads",
         "backends": backends,
+        "products": _products() if target.type == "cpu" and backends["native"] is None else None,
         "kernels": _kernels(target, dtype, model) if target.type == "cuda" else None,
         "self_check": _self_check(target, [b for b, reason in backends.items() if reason is None]),
     }
+
+
+def _products() -> dict[str, Any]:
+    """The instruction set that the native backend takes here, and the billions of operations a second that its products
+    reach in each dtype, in a layer's shape: the best of five."""
+    from lastrerank.ops.native import NativeOperations
+
+    rows, width, outputs = 512, 1024, 3072
+    x, weight = torch.randn(rows, width, device="cpu"), torch.randn(outputs, width, device="cpu")
+    rates, name = {}, ""
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        operations = NativeOperations(dtype)
+        name, packed, times = operations.kernels.name.decode(), operations.prepare(weight), []
+        for _ in range(5):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                operations.linear(x, packed)
+            times.append(time.perf_counter() - started)
+        rates[str(dtype).removeprefix("torch.")] = 2 * rows * width * outputs / min(times) / 1e9
+    return {"instruction_set": name, "rates": rates}
 
 
 def _kernels(device: torch.device, dtype: torch.dtype, model: str | Path) -> dict[str, Any]:

@@ -47,14 +47,14 @@ def speed_table(rows: list[dict[str, Any]]) -> Any:
     table = Table(title=f"{rows[0]['prompt_tokens']} prompt tokens on {rows[0]['device']}", title_justify="left")
     for name in ("backend", "dtype"):
         table.add_column(name)
-    for name in ("median ms", "quartiles", "tokens/s", "difference"):
+    for name in ("median ms", "quartiles", "tokens/s", "difference", "tau"):
         table.add_column(name, justify="right")
     for row in rows:
         seconds = row["seconds"]
         table.add_row(
             row["backend"], row["dtype"], f"{1e3 * seconds['median']:.1f}",
             f"{1e3 * seconds['low']:.1f} to {1e3 * seconds['high']:.1f}", f"{row['tokens_per_s']:,.0f}",
-            f"{row['max_difference']:.1e}",
+            f"{row['max_difference']:.1e}", f"{row['tau']:.3f}",
         )  # fmt: skip
     return table
 
@@ -67,6 +67,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{'backend':14} {name}: {'available' if reason is None else reason}"
         for name, reason in report["backends"].items()
     ]
+    if report["products"] is not None:
+        rates = ", ".join(f"{dtype} {rate:.0f} G/s" for dtype, rate in report["products"]["rates"].items())
+        lines.append(f"{'products':14} {report['products']['instruction_set']}: {rates}")
     check = report["self_check"]
     lines.append(f"{'self-check':14} {'ok' if check['ok'] else 'FAILED'}: " + ", ".join(
         f"{name} differs by {difference:.1e} from the reference" for name, difference in check["difference"].items()

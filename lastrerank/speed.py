@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 from lastrerank import ops
 from lastrerank.reranker import Reranker, RerankRequest, resolve_device
+
+# Scores that are further from the reference's are other scores: those of a GPU in bf16 are its own reference's.
+SAME = 2e-4
 
 
 def measure(
@@ -35,8 +39,9 @@ def measure(
         runs: timed calls of each, after one that is not.
 
     Returns:
-        A row each: backend, dtype, prompt tokens, seconds (median and quartiles), tokens a second, and the largest
-        difference of a score from the reference's in fp32.
+        A row each: backend, dtype, prompt tokens, seconds (median and quartiles), tokens a second, and what they cost
+        against the reference in fp32: the largest difference of a score, and Kendall's tau of the rankings, the lists'
+        mean.
 
     Raises:
         ValueError: a count is not positive, or the checkpoint can't be read.
@@ -47,7 +52,9 @@ def measure(
     target = resolve_device(device)
     dtype = "float32" if target.type == "cpu" else "bfloat16"
     available = [name for name, reason in ops.availability(target, getattr(torch, dtype)).items() if reason is None]
-    variants = [(name, dtype) for name in available] + [("native", "int8")] * ("native" in available)
+    variants = [(name, dtype) for name in available] + [
+        ("native", other) for other in ("bfloat16", "int8") if "native" in available
+    ]
     loading: list[dict[str, Any]] = [{"backend": name, "dtype": own} for name, own in variants]
     loaded = {
         f"{o['backend']} {o['dtype']}": Reranker.from_pretrained(model, device=device, **o) for o in loading
@@ -58,14 +65,38 @@ def measure(
     requests = _requests(lists, documents, doc_tokens, truth)
     expected = _scores(truth, requests)
     tokens = sum(truth.encode(request).num_tokens for request in requests)
-    differences = {name: float(np.abs(_scores(r, requests) - expected).max()) for name, r in loaded.items()}
+    found = {name: _scores(r, requests) for name, r in loaded.items()}
+    cost = {name: _cost(scores, expected, lists) for name, scores in found.items()}
     times = interleaved({name: partial(_scores, r, requests) for name, r in loaded.items()}, runs)
     return [
         {"backend": backend, "dtype": own, "device": str(target), "prompt_tokens": tokens,
          "seconds": times[f"{backend} {own}"], "tokens_per_s": tokens / times[f"{backend} {own}"]["median"],
-         "max_difference": differences[f"{backend} {own}"]}
+         **cost[f"{backend} {own}"]}
         for backend, own in variants
     ]  # fmt: skip
+
+
+def recommendation(rows: list[dict[str, Any]]) -> str:
+    """What of `measure`'s rows to use here: the fastest that gives the reference's scores, and what is faster at which
+    cost in agreement."""
+    by_speed = sorted(rows, key=lambda row: -row["tokens_per_s"])
+    same = next(row for row in by_speed if row["max_difference"] <= SAME)
+    parts = [f"use backend={same['backend']!r}, dtype={same['dtype']!r}: the fastest with the reference's scores"]
+    for row in by_speed[: by_speed.index(same)]:
+        faster = row["tokens_per_s"] / same["tokens_per_s"]
+        parts.append(
+            f"dtype={row['dtype']!r} on {row['backend']!r} is {faster:.2f} x as fast; its scores are up to "
+            f"{row['max_difference']:.1e} off, its rankings agree to a Kendall's tau of {row['tau']:.3f}"
+        )
+    return "; ".join(parts)
+
+
+def kendall_tau(a: list[int], b: list[int]) -> float:
+    """Of two orders of the same items, without ties; of one item 1."""
+    place = {item: n for n, item in enumerate(b)}
+    agree = sum(place[x] < place[y] for x, y in combinations(a, 2))
+    pairs = len(a) * (len(a) - 1) // 2
+    return 2 * agree / pairs - 1 if pairs else 1.0
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], runs: int, warmup: int = 1) -> dict[str, dict[str, float]]:
@@ -88,6 +119,13 @@ def spread(values: list[float]) -> dict[str, float]:
         return {"median": values[0], "low": values[0], "high": values[0], "runs": 1}
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "low": low, "high": high, "runs": len(values)}
+
+
+def _cost(scores: np.ndarray, expected: np.ndarray, lists: int) -> dict[str, float]:
+    """Of `lists` lists of as many documents each."""
+    orders = [np.argsort(-each.reshape(lists, -1), axis=1, kind="stable").tolist() for each in (scores, expected)]
+    taus = [kendall_tau(a, b) for a, b in zip(*orders, strict=True)]
+    return {"max_difference": float(np.abs(scores - expected).max()), "tau": statistics.mean(taus)}
 
 
 def _requests(lists: int, documents: int, doc_tokens: int, reranker: Reranker) -> list[RerankRequest]:

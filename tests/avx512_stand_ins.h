@@ -52,7 +52,8 @@ inline __m512i add_epi32(__m512i a, __m512i b) {
 }
 inline __m512i madd_epi16(__m512i a, __m512i b) {
   return vector<__m512i, int32_t>([&](unsigned i) {
-    return lane<int16_t>(a, 2 * i) * lane<int16_t>(b, 2 * i) + lane<int16_t>(a, 2 * i + 1) * lane<int16_t>(b, 2 * i + 1);
+    const unsigned j = 2 * i;
+    return lane<int16_t>(a, j) * lane<int16_t>(b, j) + lane<int16_t>(a, j + 1) * lane<int16_t>(b, j + 1);
   });
 }
 inline __m512i maddubs_epi16(__m512i a, __m512i b) {

@@ -164,7 +164,8 @@ void attention(const Kernels& k, std::mt19937& rng, int threads, int precision) 
       double top = -1e300, total = 0;
       for (long j = first; j <= i; ++j) {
         double s = 0;
-        for (long c = 0; c < dim; ++c) s += double(number(q[i * ld + h * dim + c] * 0.3f)) * number(keys[j * ld + h / group * dim + c]);
+        for (long c = 0; c < dim; ++c)
+          s += double(number(q[i * ld + h * dim + c] * 0.3f)) * number(keys[j * ld + h / group * dim + c]);
         p.push_back(s);
         top = std::max(top, p.back());
       }

@@ -74,7 +74,7 @@ def test_profile_counts_what_a_pass_does(results):
     except RuntimeError as reason:
         pytest.skip(f"native backend: {reason}")
     rows = json.loads((results / "x.json").read_text())["rows"]
-    for dtype in ("float32", "int8"):
+    for dtype in ("float32", "bfloat16", "int8"):
         parts = {row["operation"]: row for row in rows if row.get("dtype") == dtype}
         assert parts.keys() == {"linears", "attention", "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "score"}
         assert 0.2 < sum(row["share"] for row in parts.values()) < 1.2  # medians apart don't add up exactly
