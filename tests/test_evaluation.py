@@ -187,7 +187,8 @@ def test_a_run_knows_the_weights_that_made_it(dataset_folder, tmp_path, small, s
     shutil.copytree(small, other)
     state = load_file(other / "model.safetensors")
     save_file(state | {"model.norm.weight": state["model.norm.weight"].flip(0)}, other / "model.safetensors")
-    for arguments, what in (({"id_or_path": other}, "digest"), ({"id_or_path": small, "dtype": "bfloat16"}, "backend"),
+    for arguments, what in (({"id_or_path": other}, "digest"), ({"id_or_path": small, "dtype": "bfloat16"}, "dtype"),
+                            ({"id_or_path": small, "backend": "reference"}, "backend"),
                             ({"id_or_path": small, "family": "listwise-gguf"}, "digest")):  # fmt: skip
         reranker = Reranker.from_pretrained(**arguments)
         with pytest.raises(ValueError, match=f"a run with {what} = "):

@@ -314,7 +314,8 @@ def test_older_gpus_are_refused(capability, served, monkeypatch):
 
 
 def test_doctor_shows_the_verdict():
-    report = {"versions": {}, "device": "cuda", "backends": {}, "self_check": {"ok": True, "difference": {}}}
+    report = {"versions": {}, "device": "cuda", "backends": {}, "products": None,
+              "self_check": {"ok": True, "difference": {}}}  # fmt: skip
     kernels = {"backend": "triton", "model": "a-model", "ok": False, "reason": "wrong", "seconds": 12.5,
                "key": "abc" * 9}  # fmt: skip
     assert report_lines(report | {"kernels": kernels})[-1].split(maxsplit=1)[1] == (
