@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <string>
 
 #include "kernels.h"
 
@@ -23,20 +22,22 @@ namespace {
 
 using lastrerank::Kernels;
 
-#if defined(LASTRERANK_ARM)
-// Whether this processor has 8-bit dot products, or bf16 ones (Arm's FEAT_DotProd, FEAT_BF16).
+// Whether an Arm processor has dot products of 8 bits (FEAT_DotProd), and of bf16 (FEAT_BF16).
+#if defined(LASTRERANK_ARM) && defined(__linux__)
+// Bits of Linux's arch/arm64/include/uapi/asm/hwcap.h, by number for headers that are older than they.
+bool has_dotprod() { return getauxval(AT_HWCAP) & 1 << 20; }  // HWCAP_ASIMDDP
+bool has_bf16() { return getauxval(AT_HWCAP2) & 1 << 14; }    // HWCAP2_BF16
+#elif defined(LASTRERANK_ARM) && defined(__APPLE__)
 bool has(const char* feature) {
-#if defined(__linux__)
-  return std::strcmp(feature, "DotProd") == 0 ? getauxval(AT_HWCAP) >> 20 & 1 : getauxval(AT_HWCAP2) >> 14 & 1;
-#elif defined(__APPLE__)
   int found = 0;
   size_t size = sizeof found;
-  const std::string name = std::string("hw.optional.arm.FEAT_") + feature;
-  return sysctlbyname(name.c_str(), &found, &size, nullptr, 0) == 0 && found != 0;
-#else
-  return false;
-#endif
+  return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found != 0;
 }
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_bf16() { return has("hw.optional.arm.FEAT_BF16"); }
+#elif defined(LASTRERANK_ARM)
+bool has_dotprod() { return false; }
+bool has_bf16() { return false; }
 #endif
 
 // The instruction sets this build has and this processor runs, best first.
@@ -54,8 +55,8 @@ const Kernels* const* available() {
     if (avx512) list[n++] = &lastrerank::kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list[n++] = &lastrerank::kernels_avx2;
 #elif defined(LASTRERANK_ARM)
-    if (has("DotProd") && has("BF16")) list[n++] = &lastrerank::kernels_armbf16;
-    if (has("DotProd")) list[n++] = &lastrerank::kernels_dotprod;
+    if (has_dotprod() && has_bf16()) list[n++] = &lastrerank::kernels_armbf16;
+    if (has_dotprod()) list[n++] = &lastrerank::kernels_dotprod;
 #endif
     list[n++] = &lastrerank::kernels_portable;
     list[n] = nullptr;

@@ -323,7 +323,7 @@ constexpr long kQueryRows = 96;  // query rows of a task, the group's heads toge
 // What attention multiplies. Logits, softmax and sums are in fp32 in each.
 //
 // Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Pairs: the same, for units that take pairs.
-// Grid: 16-bit integers; a grid each row and head for queries, keys and values, each row and tile for softmax's weights.
+// Grid: 16-bit integers, on a grid each row and head (queries, keys, values) or each row and tile (softmax's weights).
 enum class Format { kFp32, kRounded, kPairs, kGrid };
 
 template <Format kFormat>
@@ -335,10 +335,11 @@ struct Of {
   // n numbers of a row, zeros up to `width`; returns what they are to be multiplied with.
   static float encode(const float* x, long n, long width, float factor, float grid, Number* out) {
     std::fill(out + n, out + width, Number{0});
-    if constexpr (kFormat == Format::kGrid) return quantize(x, n, magnitude(x, n), grid, 0, out) * factor;
-    if constexpr (kFormat == Format::kPairs) {
+    if constexpr (kFormat == Format::kGrid) {
+      return quantize(x, n, magnitude(x, n), grid, 0, out) * factor;
+    } else if constexpr (kFormat == Format::kPairs) {
       for (long i = 0; i < n; ++i) out[i] = to_bf16(x[i] * factor);
-    } else if constexpr (kFormat != Format::kGrid) {
+    } else {
       long i = 0;
       for (; i + kLanes <= n; i += kLanes) {
         const Vec v = load(x + i) * factor;
@@ -371,7 +372,7 @@ struct Of {
 inline float logit_grid(long dim) {
   return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f));
 }
-constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f;
+constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f, kLog2E = 1.44269504f;
 static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 
 template <Format kFormat>
@@ -448,7 +449,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
         high = std::max<long>(high, position(r) + 1);
         for (long g = 0; g < group; ++g)
           query_steps[r * group + g] = F::encode(q + (first + r) * ldq + (head * group + g) * dim, dim, width,
-                                                 grid ? scale * 1.44269504f : scale, logits,
+                                                 grid ? scale * kLog2E : scale, logits,
                                                  &queries[(r * group + g) * width]);
       }
       const long start = window > 0 ? std::max<long>(0, low - window + 1) / kKeys : 0;

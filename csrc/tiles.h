@@ -69,6 +69,24 @@ LASTRERANK_TILE void tile_f32(const float* __restrict a, long lda, const float* 
   store_tile<R>(acc, c, ldc, accumulate, columns);
 }
 
+// acc[R, kPanel] = sums of kDot over words of 32 bits, two or four inputs each: `steps` of each row of a and of a
+// panel's columns. a's rows are `row` bytes apart, its steps `step`.
+template <auto kDot, int R, typename Sums>
+LASTRERANK_INLINE void multiply_words(const void* a, long row, long step, const void* panel, long steps,
+                                      Sums (&acc)[R][2]) {
+  const char *first = static_cast<const char*>(a), *columns = static_cast<const char*>(panel);
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Sums{};
+  for (long i = 0; i < steps; ++i) {
+    const UVec b0 = load_words(columns + 4 * i * kPanel), b1 = load_words(columns + 4 * (i * kPanel + kLanes));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const uint32_t x = load_word(first + r * row + i * step);
+      acc[r][0] = kDot(acc[r][0], x, b0);
+      acc[r][1] = kDot(acc[r][1], x, b1);
+    }
+  }
+}
+
 // ---- bf16 ---------------------------------------------------------------------------------------------------------
 
 // acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], of bf16 numbers, in fp32.
@@ -85,6 +103,7 @@ LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
 }
 #else
 constexpr bool kBf16Units = false;
+// What it means; tile_widened is what computes without units.
 LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
   return acc + splat(bits<float>(a << 16)) * bits<Vec>(b << 16) +
          splat(bits<float>(a & 0xffff0000u)) * bits<Vec>(b & 0xffff0000u);
@@ -96,16 +115,7 @@ template <int R, bool kInterleaved>
 LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uint16_t* __restrict panel, long pairs,
                                float* c, long ldc, bool accumulate, long columns) {
   Vec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
-  for (long i = 0; i < pairs; ++i) {
-    const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const uint32_t x = load_word(kInterleaved ? a + 2 * (i * kRows + r) : a + r * lda + 2 * i);
-      acc[r][0] = dot2_bf16(acc[r][0], x, b0);
-      acc[r][1] = dot2_bf16(acc[r][1], x, b1);
-    }
-  }
+  multiply_words<dot2_bf16>(a, kInterleaved ? 4 : 2 * lda, kInterleaved ? 4 * kRows : 4, panel, pairs, acc);
   store_tile<R>(acc, c, ldc, accumulate, columns);
 }
 
@@ -137,7 +147,7 @@ LASTRERANK_TILE void tile_widened(const float* __restrict a, const uint16_t* __r
 
 // ---- integers of 16 bits ------------------------------------------------------------------------------------------
 
-// acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], signed. As fast as 8 bits where there is no VNNI, and 64 times finer.
+// acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], signed. Without VNNI as many multiplications as for 8 bits.
 #if defined(__AVX512VNNI__)
 LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
   return (IVec)_mm512_dpwssd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
@@ -164,16 +174,7 @@ LASTRERANK_TILE void tile_i16(const int16_t* __restrict a, long lda, const int16
                               const float* row_scales, const float* column_scales, float* c, long ldc,
                               bool accumulate) {
   IVec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
-  for (long i = 0; i < pairs; ++i) {
-    const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const uint32_t x = load_word(a + r * lda + 2 * i);
-      acc[r][0] = dot2_i16(acc[r][0], x, b0);
-      acc[r][1] = dot2_i16(acc[r][1], x, b1);
-    }
-  }
+  multiply_words<dot2_i16>(a, 2 * lda, 4, panel, pairs, acc);
   Vec scaled[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -225,16 +226,7 @@ LASTRERANK_TILE void tile_i8(const uint8_t* __restrict a, long lda, const float*
                              const int8_t* __restrict panel, long groups, const float* scales, const int32_t* sums,
                              const float* bias, float* c, long ldc, long columns) {
   IVec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = IVec{};
-  for (long i = 0; i < groups; ++i) {
-    const UVec b0 = load_words(panel + i * kPanel * 4), b1 = load_words(panel + i * kPanel * 4 + 4 * kLanes);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const uint32_t x = load_word(a + r * lda + 4 * i);
-      acc[r][0] = dot4(acc[r][0], x, b0);
-      acc[r][1] = dot4(acc[r][1], x, b1);
-    }
-  }
+  multiply_words<dot4>(a, lda, 4, panel, groups, acc);
   int32_t spilled[R][kPanel];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {

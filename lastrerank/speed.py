@@ -17,7 +17,7 @@ import torch
 from lastrerank import ops
 from lastrerank.reranker import Reranker, RerankRequest, resolve_device
 
-# Scores that are further from the reference's are other scores: those of a GPU in bf16 are its own reference's.
+# What counts as the reference's scores in float32: the bundled checkpoint's logits of 700 leave some 3e-5.
 SAME = 2e-4
 
 
@@ -77,10 +77,11 @@ def measure(
 
 
 def recommendation(rows: list[dict[str, Any]]) -> str:
-    """What of `measure`'s rows to use here: the fastest that gives the reference's scores, and what is faster at which
-    cost in agreement."""
+    """What of `measure`'s rows to use here: the fastest that gives the reference's scores (where the reference runs in
+    16 bits: is at most twice as far from its scores in float32), and what is faster, at which cost in agreement."""
     by_speed = sorted(rows, key=lambda row: -row["tokens_per_s"])
-    same = next(row for row in by_speed if row["max_difference"] <= SAME)
+    own = next(row["max_difference"] for row in rows if row["backend"] == "reference")
+    same = next(row for row in by_speed if row["max_difference"] <= max(SAME, 2 * own))
     parts = [f"use backend={same['backend']!r}, dtype={same['dtype']!r}: the fastest with the reference's scores"]
     for row in by_speed[: by_speed.index(same)]:
         faster = row["tokens_per_s"] / same["tokens_per_s"]

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from lastrerank.documents import read_documents
+from lastrerank.speed import recommendation
 
 
 @pytest.fixture
@@ -57,6 +58,23 @@ def test_bench_times_what_agrees(run):
         assert row["tau"] == 1.0 or row["dtype"] in ("int8", "bfloat16")
     shown = run("bench", "--documents", "3", "--doc-tokens", "20", "--runs", "1", "--device", "cpu")
     assert "tokens/s" in shown.stdout and "reference" in shown.stdout and "use backend=" in shown.stdout
+
+
+def test_what_is_recommended():
+    def row(backend, dtype, tokens_per_s, max_difference, tau):
+        return {"backend": backend, "dtype": dtype, "tokens_per_s": tokens_per_s, "max_difference": max_difference,
+                "tau": tau}  # fmt: skip
+
+    said = recommendation([
+        row("native", "float32", 120.0, 1e-6, 1.0), row("reference", "float32", 100.0, 0.0, 1.0),
+        row("native", "bfloat16", 90.0, 2e-3, 0.99), row("native", "int8", 240.0, 0.03, 0.985),
+    ])  # fmt: skip
+    assert said.startswith("use backend='native', dtype='float32':") and "bfloat16" not in said
+    assert "dtype='int8' on 'native' is 2.00 x as fast" in said and "tau of 0.985" in said
+    # On a GPU all are in 16 bits, the reference, too.
+    rows = [row("triton", "bfloat16", 900.0, 4e-3, 0.99), row("reference", "bfloat16", 90.0, 3e-3, 0.99)]
+    said = recommendation(rows)
+    assert said == "use backend='triton', dtype='bfloat16': the fastest with the reference's scores"
 
 
 def test_no_documents_is_an_empty_answer(run):

@@ -8,7 +8,7 @@ fp32 activations between operations, and one of three precisions of what is mult
   the same on every processor: one with units for it multiplies faster, any other needs half the memory all the same.
 - int8: weights 7 bits and symmetric per output, the few too large for that kept in fp32 beside them; activations 8 bits
   and symmetric per row; integer accumulation. In attention integers of 16 bits, symmetric per row and head, softmax's
-  weights per row and tile of 64 keys: without VNNI they multiply as fast as 8 bits, and they cost no accuracy.
+  weights per row and tile of 64 keys: without VNNI that takes no more multiplications than 8 bits do.
 
 What the kernels don't do better than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
 
