@@ -173,8 +173,8 @@ def heads_of(length, dim=64, heads=4, kv_heads=2, seed=0):
 @given(length=st.integers(1, 300), dim=st.sampled_from([2, 18, 64, 128]), window=st.sampled_from([None, 1, 70]),
        scale=st.sampled_from([0.1, 1.0, 5.0]), seed=st.integers(0, 2**20))  # fmt: skip
 def test_attention_by_the_error_rule(length, dim, window, scale, seed):
-    """What is multiplied is less fine, by so much and no more, in root mean squares: bf16 as PyTorch's own attention in
-    bf16, integers of 16 bits a tenth of that."""
+    """What is multiplied is less fine, by so much and no more: of the error of PyTorch's own attention in bf16, in root
+    mean squares, bf16 has at most 1.5, integers of 16 bits 0.15 (a grid of 4,095 steps against 8 bits of fraction)."""
     q, k, v = (x * scale for x in heads_of(length, dim, seed=seed))
     truth = attention(ReferenceOperations(), *(x.double() for x in (q, k, v)), [length], window=window)
     coarse = attention(ReferenceOperations(), *(x.bfloat16() for x in (q, k, v)), [length], window=window)
@@ -229,9 +229,9 @@ def test_bf16_is_what_it_says(isa):
         out = NativeOperations(torch.bfloat16).prepare(weight).matmul(x, bias, None)
         truth = x.bfloat16().double() @ weight.bfloat16().double().T + bias.double()
         torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5 * inner**0.5)
-    x = torch.tensor([[1 + 2**-8, 1 + 3 * 2**-8, float("inf"), -0.0, 1e-40]])  # the first two are ties
+    x = torch.tensor([[1 + 2**-8], [1 + 3 * 2**-8], [float("inf")]])  # the first two are ties
     one = NativeOperations(torch.bfloat16).prepare(torch.ones(1, 1))
-    assert one.matmul(x.T.contiguous(), None, None)[:3, 0].tolist() == [1.0, 1 + 2**-6, float("inf")]
+    assert one.matmul(x, None, None)[:, 0].tolist() == [1.0, 1 + 2**-6, float("inf")]
     assert one.matmul(torch.tensor([[float("nan")]]), None, None).isnan().all()
 
 
