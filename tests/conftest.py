@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lastrerank import Reranker
 from lastrerank.random_checkpoint import qwen3_tokenizer, small_tokenizer, write_random_checkpoint
@@ -16,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.append(str(ROOT))  # for `bench`, at the end: the repository root must not shadow installed packages
 import bench  # noqa: E402, F401 (finds the kernels of a checkout that isn't installed)
+
+# What decides whether a change lands says the same of the same change; `HYPOTHESIS_PROFILE=default` looks further.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -124,8 +124,9 @@ def _account(decoder: Any) -> None:
     with torch.device("meta"):
         twin = type(decoder)(decoder.config)
     expected, found = (dict(x.named_modules(remove_duplicate=False)) for x in (twin, decoder))
-    for name in (*found.keys() - expected.keys(), *expected.keys() - found.keys()):
-        raise TypeError(f"{name or 'the decoder'} is {'missing' if name in expected else 'no module that we compute'}")
+    for name in sorted(found.keys() ^ expected.keys()):
+        known = "missing from the decoder" if name in expected else "no module that we compute"
+        raise TypeError(f"{name} is {known}")
     for name, module in found.items():
         where, own = name or "the decoder", expected[name]
         if type(module) is not type(own) or not type(module).__module__.startswith(_ORIGINS):
