@@ -10,7 +10,6 @@ a user wrote is encoded by a tokenizer that knows no control token: text can't a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lastrerank.request import RerankRequest
-from lastrerank.texts import Steps, TextEncoder
+from lastrerank.texts import Steps, TextEncoder, bare_tokenizer
 
 # A shared beginning is worth a second range of keys where it is this share of a prompt, and at least so many rows.
 _LEAST_SHARE, _LEAST_SHARED = 1 / 32, 8
@@ -195,11 +194,9 @@ class PieceEncoder:
         control_tokens_in_text: bool = False,
         cache_bytes: int = 64 << 20,
     ) -> None:
-        raw = json.loads(tokenizer.to_str())
-        self.control_ids = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        raw["added_tokens"], raw["post_processor"] = [], None
-        raw["truncation"] = raw["padding"] = None
-        plain = Tokenizer.from_str(json.dumps(raw))
+        self.control_ids = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+        # The same vocabulary, shared: to write and read it again takes longer than everything else in loading.
+        plain = bare_tokenizer(tokenizer, tokenizer.model)
         for part in prompt:
             for token in re.findall(r"<\|[^|<>]+\|>|</?think>", part):
                 if token not in self.control_ids:
@@ -213,9 +210,10 @@ class PieceEncoder:
         # What user text is encoded with; segments of the prompt hold no control token, so either serves them.
         self.texts = TextEncoder(plain, cache_bytes=cache_bytes)
         if control_tokens_in_text:
-            raw = json.loads(tokenizer.to_str())
-            raw["truncation"] = raw["padding"] = None
-            self.texts = TextEncoder(Tokenizer.from_str(json.dumps(raw)), self.control_ids, cache_bytes)
+            own = Tokenizer.from_str(tokenizer.to_str())
+            own.no_truncation()
+            own.no_padding()
+            self.texts = TextEncoder(own, self.control_ids, cache_bytes)
         self._controls = re.compile(
             "(" + "|".join(re.escape(c) for c in sorted(self.control_ids, key=len, reverse=True)) + ")"
         )

@@ -24,12 +24,14 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 # Texts of one slice of work: what a thread does before another request may have its turn.
 _SLICE_TEXTS, _SLICE_CHARS = 64, 1 << 18
@@ -74,12 +76,16 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer, control_tokens: Iterable[str] = (), cache_bytes: int = 64 << 20) -> None:
         self.tokenizer = tokenizer
         self._longest_control = max(map(len, control_tokens), default=0)
-        self._divides_runs = _is_byte_level(json.loads(tokenizer.to_str())) and not self._longest_control
-        self._longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=False)), default=1)
+        self._divides_runs = _is_byte_level(tokenizer) and not self._longest_control
         self._cache: OrderedDict[tuple[str, int, bool], CutText] = OrderedDict()
         self._cache_bytes, self._cache_limit = 0, cache_bytes
         self._lock = Lock()
         _encoders.add(self)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token; only long texts ask for it, and a large vocabulary takes a while."""
+        return max(map(len, self.tokenizer.get_vocab(with_added_tokens=False)), default=1)
 
     def cut(self, texts: Sequence[str], cap: int) -> list[CutText]:
         """Tokenise texts and cut each to its first `cap` tokens, in parallel batches, cached.
@@ -255,13 +261,24 @@ def _apart(text: str, chars: int) -> int | None:
     return None
 
 
-def _is_byte_level(raw: dict[str, Any]) -> bool:
+def bare_tokenizer(tokenizer: Tokenizer, model: Any) -> Tokenizer:
+    """A tokenizer with another's ways of normalising, dividing and decoding, without the tokens it adds."""
+    bare = Tokenizer(model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(tokenizer, part) is not None:
+            setattr(bare, part, getattr(tokenizer, part))
+    return bare
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether this is a byte-level BPE, divided into words by a pattern we know, after NFC at most."""
-    model, normalizer = raw["model"], raw.get("normalizer")
-    if model.get("type") != "BPE" or model.get("dropout") or model.get("byte_fallback"):
+    model = tokenizer.model
+    if not isinstance(model, BPE) or model.dropout or model.byte_fallback:
         return False
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
+    raw = json.loads(bare_tokenizer(tokenizer, BPE()).to_str())
+    normalizer = raw.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
         return False
     outer = raw.get("pre_tokenizer") or {}
