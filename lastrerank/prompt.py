@@ -195,7 +195,7 @@ class PieceEncoder:
         cache_bytes: int = 64 << 20,
     ) -> None:
         self.control_ids = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-        # The same vocabulary, shared: to write and read it again takes longer than everything else in loading.
+        # The vocabulary is shared: writing and reading it again would take longer than reading it from the file.
         plain = bare_tokenizer(tokenizer, tokenizer.model)
         for part in prompt:
             for token in re.findall(r"<\|[^|<>]+\|>|</?think>", part):

@@ -31,7 +31,7 @@ from weakref import WeakSet
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Model
 
 # Texts of one slice of work: what a thread does before another request may have its turn.
 _SLICE_TEXTS, _SLICE_CHARS = 64, 1 << 18
@@ -261,8 +261,13 @@ def _apart(text: str, chars: int) -> int | None:
     return None
 
 
-def bare_tokenizer(tokenizer: Tokenizer, model: Any) -> Tokenizer:
-    """A tokenizer with another's ways of normalising, dividing and decoding, without the tokens it adds."""
+def bare_tokenizer(tokenizer: Tokenizer, model: Model) -> Tokenizer:
+    """A tokenizer that normalises, divides and decodes as `tokenizer` does, but adds no token, neither cuts nor pads.
+
+    Args:
+        tokenizer: its parts are shared, not copied; added tokens, cutting, padding and post-processing stay behind.
+        model: the vocabulary, shared as well.
+    """
     bare = Tokenizer(model)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if getattr(tokenizer, part) is not None:
@@ -277,7 +282,7 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
         return False
     if model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
-    raw = json.loads(bare_tokenizer(tokenizer, BPE()).to_str())
+    raw = json.loads(bare_tokenizer(tokenizer, BPE()).to_str())  # without the vocabulary: it may be large
     normalizer = raw.get("normalizer")
     if normalizer is not None and normalizer.get("type") != "NFC":
         return False
