@@ -9,7 +9,7 @@ keys and values are read once for the group. Logits, softmax and accumulator in 
 scale), probabilities rounded to v's dtype. A program belongs to one sequence, and its tiles depend on model constants
 alone: neighbours can't change a result. Whether the copy engine fetches whole tiles depends on the tensors' alignment
 and number of rows; what is fetched, and so the result, doesn't. Output may be
-written over q.
+written over q. A Hopper GPU has a kernel of its own for most of this (`attention_hopper`).
 
 Work is a list of (sequence, tile of its rows), heaviest first over all sequences (`tiles_of`), a program for each and
 KV head, heads fastest: the last programs to start are the shortest, and none is without work but those a static bound
@@ -17,6 +17,8 @@ adds.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import triton
@@ -37,6 +39,13 @@ TILES = {
 _ROWS_TILE = (16, 32, 8, 3, 1)
 # Query heads of a KV head: a tile holds one position's at least.
 MOST_GROUP = _ROWS_TILE[0]
+# By chip, the kernel of its own that takes whole sequences of 16-bit numbers which continue none; it is written in what
+# Triton has since 3.6. Tiles have as many rows.
+OWN: dict[str, ModuleType] = {}
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6):
+    from lastrerank.kernels import attention_hopper
+
+    OWN["sm_90"] = attention_hopper
 # Chips whose copy engine fetches whole tiles (TMA). sm_120 has one, and compiled with it keeps 8 bytes on the stack.
 _COPY_ENGINE = ("sm_90", "sm_100", "sm_103")
 
@@ -304,6 +313,10 @@ def attention(
         raise ValueError(f"tiles has shape {tuple(tiles.shape)}, expected [{most}, 2], and none with rows")
     if tiles is None:
         tiles = tiles_of(bounds, most, block_m // group, prefixes)
+    own = OWN.get(chip())
+    if own is not None and rows is None and prefixes is None and own.serves(k, v):
+        own.attention(q, k, v, out, tiles, cu_seqlens, window, scale * 1.4426950408889634)
+        return out
     descriptors = (None, None) if rows is not None else (_descriptor(k, block_n), _descriptor(v, block_n))
     _attention_kernel[(len(tiles) * k.shape[1],)](
         q, k, v, *descriptors, out, tiles, cu_seqlens, bounds, cu_seqlens if rows is None else rows, table,

@@ -33,6 +33,7 @@ def _project_kernel(
         row = tl.load(doc_rows_ptr + r, r < num_docs, other=0).to(tl.int64)
         row += tl.load(query_rows_ptr + r - num_docs, (r >= num_docs) & (r < num_rows), other=0).to(tl.int64)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    odd = tl.zeros((ROWS, COLUMNS), tl.float32)  # of every other step: a chain of half the length rounds half as often
     squares = tl.zeros((ROWS,), tl.float32)
     for start in range(0, width, DEPTH):
         d = start + tl.arange(0, DEPTH)  # [DEPTH]
@@ -44,7 +45,8 @@ def _project_kernel(
             x *= tl.load(norm_weight_ptr + d, inside, other=0.0).to(tl.float32)[None, :]
         w_mask = (c < num_out)[:, None] & inside[None, :]
         w = tl.load(w_ptr + c[:, None] * width + d[None, :], w_mask, other=0.0).to(tl.float32)  # [COLUMNS, DEPTH]
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc, odd = odd, tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    acc += odd
     if GATHER:
         acc *= tl.rsqrt(squares / width + eps)[:, None]
     if RELU:
@@ -82,7 +84,9 @@ def _fuse_kernel(
                 if tl.max(own.to(tl.int32), axis=0) > 0:
                     mask = own[:, None] & inside[None, :]
                     docs = tl.load(docs_ptr + n.to(tl.int64)[:, None] * width + d[None, :], mask, other=0.0)
-                    best = tl.maximum(best, tl.max(tl.where(own, _cosines(docs, query), -1.0), axis=0))
+                    found = _cosines(docs, query)
+                    best = tl.maximum(best, tl.max(tl.where(own, found, -1.0), axis=0))
+                    best += 0.0 * tl.sum(tl.where(own, found, 0.0), axis=0)  # NaN, which a maximum drops
             fused += query * ((1.0 + best) / 2.0)
             only = query
             blocks += 1

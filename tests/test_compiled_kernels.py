@@ -43,7 +43,8 @@ def test_every_kernel_compiles_for_every_chip(rows):
     names = {"_rms_norm_kernel", "_qk_norm_rope_kernel", "_swiglu_kernel", "_attention_kernel", "_project_kernel",
              "_fuse_kernel", "_logit_kernel"}  # fmt: skip
     for chip in MATRIX:
-        assert {row["kernel"] for row in rows if row["chip"] == chip} == names
+        own = {"_hopper_attention_kernel"} if chip == "sm_90" else set()
+        assert {row["kernel"] for row in rows if row["chip"] == chip} == names | own
 
 
 def test_nothing_spills(rows):
@@ -57,12 +58,15 @@ def test_shared_memory_fits(report):
 
 
 def test_attention_on_hopper_is_not_serialised_and_hides_its_exponentials(rows):
-    """Half of a step's exponentials run under the product of the other half; ptxas adds no wait of its own."""
+    """Half of a step's exponentials run under the product of the other half; ptxas adds no wait of its own. Where warps
+    have roles, they run under another warpgroup's products, which no order of instructions shows."""
     attention = [row for row in rows if row["chip"] == "sm_90" and "products" in row]
-    assert len(attention) >= 7
+    roles = [row for row in attention if row["kernel"] == "_hopper_attention_kernel"]
+    assert len(roles) == 5 and len(attention) >= 12
     for row in attention:
         assert row["waits"] <= row["products"] // 3, row
-        assert row["exponentials_under_products"] >= 28, row
+        assert row["exponentials_under_products"] >= 28 or row in roles, row
+    assert {row["warps"] for row in roles} == {12}
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

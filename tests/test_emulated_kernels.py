@@ -6,6 +6,7 @@ test file this way.
 from __future__ import annotations
 
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ if sys.platform != "linux":
     pytest.skip("Triton compiles on Linux", allow_module_level=True)
 
 from emulator import MODES, emulating
+from lastrerank.kernels import attention as attention_kernel
 from lastrerank.kernels.rms_norm import quantized_rows
 from lastrerank.kernels.swiglu import quantized_swiglu
 
@@ -112,22 +114,31 @@ def test_readouts(chip):
 LENGTHS = (1, 0, 64, 420)
 
 
-def packed(lengths, dim, dtype=BF16, poison=0):
+def packed(lengths, dim, dtype=BF16, poison=0, group=2):
     """q, k, v as views of one projection, with NaN rows behind the last sequence and NaN columns beside."""
-    rows = sum(lengths) + poison
-    wide = torch.full((rows, 4 * dim + 32), float("nan"), dtype=dtype)
-    wide[: sum(lengths), : 4 * dim] = randn(sum(lengths), 4 * dim, dtype=dtype)
-    q, k, v, _ = wide.split([2 * dim, dim, dim, 32], 1)
+    rows, width = sum(lengths) + poison, (group + 2) * dim
+    wide = torch.full((rows, width + 32), float("nan"), dtype=dtype)
+    wide[: sum(lengths), :width] = randn(sum(lengths), width, dtype=dtype)
+    q, k, v, _ = wide.split([group * dim, dim, dim, 32], 1)
     return [x.unflatten(1, (-1, dim)) for x in (q, k, v)], torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@pytest.mark.parametrize(("chip", "window", "dim", "dtype"), [
-    ("sm_90", None, 128, BF16), ("sm_90", 100, 128, torch.float16), ("sm_90", None, 64, BF16),
-    ("sm_80", None, 128, BF16), ("sm_80", 100, 64, BF16),
-])  # fmt: skip
-def test_attention(chip, window, dim, dtype):
-    lengths = LENGTHS if chip == "sm_90" else (1, 0, 64, 130)
-    (q, k, v), cu = packed(lengths, dim, dtype, poison=70)
+@pytest.fixture
+def portable(request):
+    """Not the kernel that a chip has of its own, if the parameter says so."""
+    with patch.dict(attention_kernel.OWN, clear=request.param):
+        yield
+
+
+@pytest.mark.parametrize(("chip", "portable", "window", "dim", "dtype", "group"), [
+    ("sm_90", False, None, 128, BF16, 2), ("sm_90", False, 100, 128, torch.float16, 5),
+    ("sm_90", False, 200, 64, BF16, 7), ("sm_90", False, None, 64, BF16, 1),
+    ("sm_90", True, None, 128, BF16, 2), ("sm_90", True, 100, 128, torch.float16, 2),
+    ("sm_90", True, None, 64, BF16, 2), ("sm_80", True, None, 128, BF16, 2), ("sm_80", True, 100, 64, BF16, 2),
+], indirect=["portable"])  # fmt: skip
+def test_attention(chip, portable, window, dim, dtype, group):
+    lengths = LENGTHS if group <= 2 and chip == "sm_90" else (1, 0, 64, 300 if chip == "sm_90" else 130)
+    (q, k, v), cu = packed(lengths, dim, dtype, poison=70, group=group)
     own = slice(sum(lengths))
     arguments = (cu, (*lengths,), window, dim**-0.5)
 
@@ -176,13 +187,14 @@ def test_without_the_copy_engine_the_bits_are_the_same():
         apart = torch.full((300, 68), float("nan"), dtype=BF16)  # a stride that is no multiple of 16 bytes
         apart[:, 2:66] = x.flatten(1)
         shifted.append(apart[:, 2:66].unflatten(1, (1, 64)))
-    with emulating("sm_90"):
+    with patch.dict(attention_kernel.OWN, clear=True), emulating("sm_90"):
         fetched = operations.attention(q, k, v, cu, (300,), None, 0.1)
         copied = operations.attention(q, *shifted, cu, (300,), None, 0.1)
     assert torch.equal(fetched, copied)
 
 
-def test_neighbours_change_no_bit():
+@pytest.mark.parametrize("portable", [False, True], indirect=True)
+def test_neighbours_change_no_bit(portable):
     (q, k, v), _ = packed((70, 300, 65), 128)
     own = slice(70, 370)
     with emulating("sm_90"):

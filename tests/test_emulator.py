@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -252,13 +253,15 @@ def test_what_is_not_modelled_is_refused_by_name():
 # Faults planted in a compiled kernel.
 
 
-def attend(chip, mode, change=None, length=200):
+def attend(kernel, mode, change=None, length=200):
+    """kernel: that of sm_80 or sm_90, or Hopper's own."""
     from lastrerank.kernels import attention
 
     torch.manual_seed(0)
     dim = 128
     q, k, v = (x.unflatten(1, (-1, dim)) for x in torch.randn(length, 4 * dim).bfloat16().split([256, 128, 128], 1))
-    with emulating(chip, mode, change=change):
+    chip = "sm_90" if kernel == "hopper" else kernel
+    with patch.dict(attention.OWN, clear=kernel != "hopper"), emulating(chip, mode, change=change):
         return attention.attention(q, k, v, torch.tensor([0, length]).int(), length, None, dim**-0.5)
 
 
@@ -309,21 +312,29 @@ PLANTED = {
     # A fence less.
     "sm_90 proxy fence": ("sm_90", everywhere(r"fence\.proxy\.async[^;]*;", "")),
     "sm_90 register fence": ("sm_90", everywhere(r"wgmma\.fence[^;]*;", "")),
+    # The same of warps with roles, and a stage that is filled anew when one of its two readers has left it.
+    "hopper wgmma": ("hopper", everywhere(r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)", _one_more)),
+    "hopper mbarrier": ("hopper", everywhere(r"@!complete bra\.uni waitLoop;|mbarrier\.try_wait[^;]*;", "")),
+    "hopper expects less": ("hopper", replaced(r"(expect_tx[^;]*, )32768;", r"\g<1>16384;")),
+    "hopper expects more": ("hopper", replaced(r"(expect_tx[^;]*, )32768;", r"\g<1>65536;")),
+    "hopper one reader after": ("hopper", everywhere(r"(mbarrier\.init[^;]*, )2;", r"\g<1>1;")),
+    "hopper proxy fence": ("hopper", everywhere(r"fence\.proxy\.async[^;]*;", "")),
+    "hopper register fence": ("hopper", everywhere(r"wgmma\.fence[^;]*;", "")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_caught(fault):
     """However soon or late asynchronous work is done."""
-    chip, change = PLANTED[fault]
+    kernel, change = PLANTED[fault]
     # A stage is used again from the third step on; the tile that has so many comes first.
     length = 450 if "after" in fault else 200
     for mode in ("eager", "lazy"):
         with pytest.raises(Fault):
-            attend(chip, mode, change, length)
+            attend(kernel, mode, change, length)
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_the_kernel_without_a_planted_fault_passes(chip):
-    eager, lazy = attend(chip, "eager"), attend(chip, "lazy", change=lambda text: text)
+@pytest.mark.parametrize("kernel", ["sm_80", "sm_90", "hopper"])
+def test_the_kernel_without_a_planted_fault_passes(kernel):
+    eager, lazy = attend(kernel, "eager"), attend(kernel, "lazy", change=lambda text: text)
     assert eager.isfinite().all() and torch.equal(eager, lazy)

@@ -203,7 +203,7 @@ def _operand(text: str, names: dict[str, Register], scopes: list[str]) -> Operan
             return names[text + scope]
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
         return Immediate(int(text[2:], 16), True)
-    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text):
-        return Immediate(int(text, 0))
+    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
+        return Immediate(int(text.removesuffix("U"), 0))
     # A label is looked for in its own scope first.
     return Symbol(text if text.startswith(("%", "$")) or len(scopes) == 1 else text + scopes[-1])
