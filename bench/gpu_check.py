@@ -3,9 +3,10 @@
 Each part runs in a process of its own with a time limit, so that a lost device or a hang costs one part alone, and
 results are written after each: what the device is (clocks, power, throttling, before and after), the kernels' tests,
 the self-check of three shapes with repetitions beside a busy stream, end to end against Transformers, memory of one
-pass of 131k tokens, every kernel's time, tiles of attention, where a pass's seconds go, and the kernels' peers last.
+pass of 131k tokens, attention by kernel and tile, where a pass's seconds go, and every kernel beside its peers last.
 One summary is printed; `results/gpu_check.json` is the file to attach to an issue. Exit status 1 if any part failed.
-`--tiny` runs the same on tiny shapes, in Triton's interpreter where there is no GPU, so that it is known to work.
+`--parts` takes some of them alone. `--tiny` runs the same on tiny shapes, in Triton's interpreter where there is no
+GPU, so that it is known to work.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -32,6 +34,8 @@ from bench.measure import write_results
 from lastrerank.speed import interleaved
 
 ROOT = Path(__file__).parent.parent
+# Where the parts find the random checkpoints that one of them has written; a part run by itself writes its own.
+CHECKPOINTS = "LASTRERANK_GPU_CHECK_FOLDER"
 Rows = list[dict[str, Any]]
 
 
@@ -55,14 +59,17 @@ def device_facts(tiny: bool, device: torch.device) -> Rows:
 
 def correctness(tiny: bool, device: torch.device) -> Rows:
     """The kernels' tests on this device."""
+    workers = min(8, len(os.sched_getaffinity(0))) if device.type == "cuda" else 1  # compilers take the time
     command = [sys.executable, "-m", "pytest", "tests/test_triton_kernels.py", "tests/test_graphs.py",
-               "-p", "no:cacheprovider", *(["-k", "swiglu or bucket_gives"] if tiny else [])]  # fmt: skip
+               "-p", "no:cacheprovider", *(["-k", "swiglu or bucket_gives"] if tiny else []),
+               *(["--numprocesses", str(workers)] if workers > 1 else [])]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-500:]
     log(f"correctness: {summary}")
     if done.returncode:
         log(done.stdout[-6000:])
-        raise RuntimeError(f"the kernels' tests fail: {summary}")
+        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        raise PartFailedError([{"summary": summary, "tests": failed}])
     return [{"summary": summary}]
 
 
@@ -75,7 +82,7 @@ def self_check(tiny: bool, device: torch.device) -> Rows:
     rows = []
     dtype = torch.float32 if tiny else torch.bfloat16
     for shape in ["tiny-v3.5"] if tiny else ["jina-reranker-v3", "jina-reranker-v3.5", "mxbai-rerank-base-v2"]:
-        with checkpoint(shape) as folder:
+        with checkpoint(shape, num_hidden_layers=3) as folder:  # both windows of v3.5
             config = open_checkpoint(folder).config
         started, doing = time.perf_counter(), [""]
         try:
@@ -138,7 +145,8 @@ def _one_model(tiny: bool, device: torch.device, folder: Path) -> Rows:
             rows.append({"shape": name, "left_out": "; ".join(wrong)})
             log(rows[-1]["left_out"])
             continue
-        times = interleaved(variants, 1 if tiny else 15, warmup=0 if tiny else 2)
+        runs = 15 if shape[1] * shape[2] < 20_000 else 5  # seconds each
+        times = interleaved(variants, 1 if tiny else runs, warmup=0 if tiny else 2)
         for variant, seconds in times.items():
             ratio = times[baseline]["median"] / seconds["median"]
             rows.append({"shape": name, "provider": variant, "seconds": seconds, "ratio": ratio})
@@ -180,44 +188,70 @@ def memory(tiny: bool, device: torch.device) -> Rows:
     return [{"documents": len(documents), "seconds": seconds, "peak_bytes": peak}]
 
 
-def tiles(tiny: bool, device: torch.device) -> Rows:
-    """Attention by tiles around the committed one: of the first chips to be met, the best are to be kept."""
-    from lastrerank.kernels import attention as kernel
+# Attention as models ask for it: rows of one sequence, query heads, key heads, their width, window.
+_ATTENTION = [
+    (2048, 16, 8, 128, None), (8192, 16, 8, 128, None), (16384, 16, 8, 128, None), (52719, 16, 8, 128, None),
+    (16384, 16, 8, 128, 1024), (8192, 14, 2, 64, None), (8192, 32, 8, 128, None),
+]  # fmt: skip
+# (rows, keys, warps, stages, tiles of a step) to try beside the committed one.
+_TILES = [
+    (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 64, 8, 3, 2), (128, 32, 8, 3, 1), (64, 64, 4, 3, 1), (64, 64, 4, 2, 2)
+]
 
-    from bench.kernels import AGREEMENT, HEAD_DIM, HEADS, KV_HEADS, timed
+
+def attention(tiny: bool, device: torch.device) -> Rows:
+    """Attention by kernel: what this chip has of its own, the portable one with its tile and others, and cuDNN's. Short
+    sequences are bound by their launches here, which a graph does away with."""
+    from lastrerank.kernels import attention as kernel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from bench.kernels import AGREEMENT, timed
+    from lastrerank.ops import attention_flops
 
     chip, dtype = kernel.chip(), torch.float32 if tiny else torch.bfloat16
-    committed = kernel.tile_of(dtype, HEAD_DIM, False)
-    tried = [committed] if tiny else [
-        committed, (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 64, 8, 3, 2), (128, 32, 8, 3, 1), (128, 32, 8, 3, 2),
-        (64, 64, 4, 3, 1), (64, 64, 4, 2, 2),
-    ]  # fmt: skip
     rows = []
-    for length in [40] if tiny else [2048, 8192, 16384]:
-        shapes = [(length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        q, k, v = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    for length, heads, kv_heads, dim, window in [(40, 4, 2, 64, None)] if tiny else _ATTENTION:
+        widths = [heads * dim, kv_heads * dim, kv_heads * dim]
+        packed = torch.randn(length, sum(widths), device=device).to(dtype)
+        q, k, v = (part.unflatten(1, (-1, dim)) for part in packed.split(widths, 1))
         starts = torch.tensor([0, length], dtype=torch.int32, device=device)
+        operations = attention_flops(starts, window, heads, dim)
+        wide = [x.repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)[None] for x in (q, k, v)]
+
+        def library(wide: Any = wide) -> Any:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)[0].transpose(0, 1)
+
+        committed = kernel.tile_of(dtype, dim, False)
+        tried: list[Any] = ["own"] if chip in kernel.OWN else []
+        tried += dict.fromkeys([committed, *([] if tiny else _TILES)])
+        tried += ["cudnn"] if device.type == "cuda" and window is None else []
         truth = None
-        for tile in dict.fromkeys(tried):
-            kernel.TILES[chip] = tile
-            work = kernel.tiles(starts, length, length, HEADS // KV_HEADS, HEAD_DIM, dtype)  # once a pass
+        for tile in tried:
+            portable = isinstance(tile, tuple)
+            with patch.dict(kernel.OWN, clear=portable), patch.dict(kernel.TILES, {chip: tile} if portable else {}):
+                work = kernel.tiles(starts, length, length, heads // kv_heads, dim, dtype)  # once a pass
 
-            def attend(q: Any = q, k: Any = k, v: Any = v, cu: Any = starts, n: int = length, work: Any = work) -> Any:
-                return kernel.attention(q, k, v, cu, n, None, HEAD_DIM**-0.5, tiles=work)
+                def attend(q: Any = q, k: Any = k, v: Any = v, cu: Any = starts, w: Any = window, t: Any = work) -> Any:
+                    return kernel.attention(q, k, v, cu, len(q), w, q.shape[2] ** -0.5, tiles=t)
 
-            row: dict[str, Any] = {"length": length, "tile": list(tile)}
-            try:
-                out = attend().float()
-                truth = out if truth is None else truth  # the committed tile, which the tests have looked at
-                row["difference"] = float((out - truth).abs().max())
-                if row["difference"] <= AGREEMENT * float(truth.abs().max()):
-                    row["milliseconds"] = timed(attend)
-                    log(f"{length:6} {tile!s:24} {row['milliseconds']['median']:.3f} ms")
-                else:
-                    row["left_out"] = "another result"
-            except Exception as error:  # too much shared memory, say
-                row["left_out"] = str(error)[:200]
-            rows.append(row)
+                name = f"{length} x {heads}/{kv_heads} x {dim}, window {window}"
+                row: dict[str, Any] = {"attention": name, "kernel": list(tile) if portable else tile}
+                try:
+                    call = library if tile == "cudnn" else attend
+                    out = call().float()
+                    truth = out if truth is None else truth  # what is committed, which the tests have looked at
+                    row["difference"] = float((out - truth).abs().max())
+                    if row["difference"] <= AGREEMENT * float(truth.abs().max()):
+                        row["milliseconds"] = timed(call)
+                        row["tflops"] = operations / row["milliseconds"]["median"] / 1e9
+                        milliseconds = f"{row['milliseconds']['median']:.3f} ms"
+                        log(f"{name:32} {tile!s:24} {milliseconds} {row['tflops']:6.1f} TFLOP/s")
+                    else:
+                        row["left_out"] = "another result"
+                except Exception as error:  # too much shared memory, say
+                    row["left_out"] = str(error)[:200]
+                rows.append(row)
     if not any("milliseconds" in row for row in rows):
         raise PartFailedError(rows)
     return rows
@@ -251,12 +285,21 @@ def seconds(tiny: bool, device: torch.device) -> Rows:
 
 
 @contextmanager
-def checkpoint(shape: str) -> Iterator[Path]:
-    """A random one of a shape, for as long as it is loaded."""
+def checkpoint(shape: str, **overrides: Any) -> Iterator[Path]:
+    """A random one of a shape, for as long as it is loaded; one as it is published is written once for all parts."""
     from lastrerank.random_checkpoint import write_random_checkpoint
 
-    with tempfile.TemporaryDirectory() as name:
-        yield write_random_checkpoint(name, shape, overrides={"num_hidden_layers": 2} if "tiny" in shape else None)
+    if "tiny" in shape:
+        overrides["num_hidden_layers"] = 2
+    with tempfile.TemporaryDirectory(dir=os.environ.get(CHECKPOINTS)) as name:
+        kept = Path(os.environ.get(CHECKPOINTS, name), shape)
+        if overrides:
+            yield write_random_checkpoint(name, shape, overrides=overrides)
+        else:
+            if not kept.exists():
+                write_random_checkpoint(name, shape).rename(kept)
+                Path(name).mkdir()
+            yield kept
 
 
 def kernels(tiny: bool, device: torch.device) -> Rows:
@@ -306,7 +349,7 @@ class PartFailedError(Exception):
 # In order, with seconds that each may take on a GPU: what must be known first, peers last.
 PARTS: dict[str, tuple[Callable[[bool, torch.device], Rows], float]] = {
     "device": (device_facts, 60), "correctness": (correctness, 600), "self-check": (self_check, 300),
-    "end to end": (end_to_end, 300), "memory": (memory, 120), "tiles": (tiles, 240), "seconds": (seconds, 120),
+    "end to end": (end_to_end, 300), "memory": (memory, 120), "attention": (attention, 240), "seconds": (seconds, 120),
     "kernels": (kernels, 600), "device after": (device_facts, 60),
 }  # fmt: skip
 
@@ -327,10 +370,11 @@ def run_part(part: str, tiny: bool) -> int:
     return 0
 
 
-def in_its_process(part: str, tiny: bool, limit: float) -> Rows:
+def in_its_process(part: str, tiny: bool, limit: float, checkpoints: str) -> Rows:
     """The part's rows, and one that says how it failed if it did."""
     command = [sys.executable, "-m", "bench.gpu_check", "--part", part, *(["--tiny"] if tiny else [])]
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    environment = os.environ | {CHECKPOINTS: checkpoints}
+    environment |= {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, start_new_session=True)
         try:
@@ -368,6 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; in the interpreter without a GPU")
     parser.add_argument("--name", default="gpu_check")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="these alone")
     parser.add_argument("--part", choices=list(PARTS), help="one part, here: its rows on standard output")
     options = parser.parse_args(arguments)
     if options.part is not None:
@@ -376,11 +421,12 @@ def main(arguments: list[str] | None = None) -> int:
         log("no GPU here: python -m bench.gpu_check --tiny runs the same in Triton's interpreter")
         return 1
     rows: Rows = []
-    for part, (_, limit) in PARTS.items():
-        started = time.perf_counter()
-        rows += in_its_process(part, options.tiny, limit)
-        path = write_results(options.name, rows)
-        log(f"-- {part}: {time.perf_counter() - started:.0f} s")
+    with tempfile.TemporaryDirectory() as checkpoints:
+        for part in options.parts:
+            started = time.perf_counter()
+            rows += in_its_process(part, options.tiny, PARTS[part][1], checkpoints)
+            path = write_results(options.name, rows)
+            log(f"-- {part}: {time.perf_counter() - started:.0f} s")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)

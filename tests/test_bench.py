@@ -106,7 +106,7 @@ def test_gpu_check_runs_on_tiny_shapes(tmp_path):
     bad = [row for row in rows if "failed" in row or ("left_out" in row and row["part"] != "kernels")]
     assert bad == []  # a peer of the kernels may not be installed
     assert list(dict.fromkeys(row["part"] for row in rows)) == [
-        "device", "correctness", "self-check", "end to end", "memory", "tiles", "seconds", "kernels",
+        "device", "correctness", "self-check", "end to end", "memory", "attention", "seconds", "kernels",
         "device after",
     ]  # fmt: skip
     assert "attach this file to an issue" in done.stderr and "self-check    tiny-v3.5: right" in done.stderr
