@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_COMMIT = ("git", "describe", "--always", "--dirty", "--exclude=*")
 
 
 def machine() -> dict[str, Any]:
@@ -34,7 +35,7 @@ def machine() -> dict[str, Any]:
         pass
     commit = ""
     with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(_COMMIT, capture_output=True, text=True).stdout.strip()
     facts = {
         "cpu": cpu, "flags": flags, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "commit": commit,

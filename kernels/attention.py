@@ -6,10 +6,12 @@ A sequence may continue another one: its rows see that one's rows first (unmaske
 one running softmax. q `[T, Hq, d]`, k and v `[T, Hkv, d]`, any row stride, heads contiguous; with `rows`, q is
 `[R, Hq, d]`: the queries at these rows only. A tile holds BLOCK_Q positions times all query heads of one KV head, so
 keys and values are read once for the group. Logits, softmax and accumulator in fp32 (exp2, with log2(e) folded into the
-scale), probabilities rounded to v's dtype. A program belongs to one sequence, and its tiles depend on model constants
-alone: neighbours can't change a result. Whether the copy engine fetches whole tiles depends on the tensors' alignment
-and number of rows; what is fetched, and so the result, doesn't. Output may be
-written over q. A Hopper GPU has a kernel of its own for most of this (`attention_hopper`).
+scale), probabilities rounded to v's dtype. Output may be written over q.
+
+A program belongs to one sequence, and its tiles depend on model constants alone: neighbours can't change a result. Nor
+do they choose its kernel, where a chip has one of its own (`attention_hopper`): that one takes 16-bit numbers whose
+rows are aligned, as a model's are, and of a pass the sequences that continue none. Whether the copy engine fetches
+whole tiles for the kernel here depends on alignment and the number of rows; what is fetched, so the result, does not.
 
 Work is a list of (sequence, tile of its rows), heaviest first over all sequences (`tiles_of`), a program for each and
 KV head, heads fastest: the last programs to start are the shortest, and none is without work but those a static bound
@@ -18,6 +20,7 @@ adds.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import ModuleType
 
 import torch
@@ -39,10 +42,9 @@ TILES = {
 _ROWS_TILE = (16, 32, 8, 3, 1)
 # Query heads of a KV head: a tile holds one position's at least.
 MOST_GROUP = _ROWS_TILE[0]
-# By chip, the kernel of its own that takes whole sequences of 16-bit numbers which continue none; it is written in what
-# Triton has since 3.6. Tiles have as many rows.
+# By chip, a kernel of its own. It is written in what Triton has since 3.6 and calls experimental.
 OWN: dict[str, ModuleType] = {}
-if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6):
+with suppress(ImportError, AttributeError):
     from lastrerank.kernels import attention_hopper
 
     OWN["sm_90"] = attention_hopper
@@ -132,12 +134,14 @@ def _attention_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, tiles_ptr, cu_seqlens_ptr, row_bounds_ptr, rows_ptr, prefixes_ptr,
     q_row_stride, k_row_stride, v_row_stride, out_row_stride, scale_log2, window,
     HEAD_DIM: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr, PAIRED: tl.constexpr,
-    TMA: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_PREFIX: tl.constexpr, OTHERS_DONE: tl.constexpr,
+    PAIRED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     entry, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     sequence, tile = tl.load(tiles_ptr + 2 * entry), tl.load(tiles_ptr + 2 * entry + 1)
+    if OTHERS_DONE:  # what continues nothing was another kernel's
+        tile = tl.where(tl.load(prefixes_ptr + 2 * sequence + 1) > 0, tile, -1)
     start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + sequence + 1) - start).to(tl.int32)
     q_start = tl.load(row_bounds_ptr + sequence).to(tl.int64)
@@ -298,7 +302,11 @@ def attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(2) != 1 or (x.shape[1] > 1 and x.stride(1) != head_dim):
             raise ValueError(f"{name} has strides {x.stride()}: the heads of a row must be contiguous")
+    if {k.dtype, v.dtype} != {q.dtype}:
+        raise ValueError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}, expected one")
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    if len(q) == 0:
+        return out
     block_m, block_n, warps, stages, step = tile_of(q.dtype, head_dim, rows is not None)
     if group > MOST_GROUP:
         raise ValueError(f"q has {group} heads for each of k's, expected at most {MOST_GROUP}")
@@ -306,7 +314,8 @@ def attention(
     cu_seqlens, rows = cu_seqlens.contiguous(), None if rows is None else rows.contiguous()
     if prefixes is not None and prefixes.shape != (len(cu_seqlens) - 1, 2):
         raise ValueError(f"prefixes has shape {tuple(prefixes.shape)}, expected [{len(cu_seqlens) - 1}, 2]")
-    table = cu_seqlens if prefixes is None else prefixes.contiguous()
+    prefixes = None if prefixes is None else prefixes.contiguous()
+    table = cu_seqlens if prefixes is None else prefixes
     bounds = cu_seqlens if rows is None else torch.searchsorted(rows, cu_seqlens.to(rows.dtype))
     most = bound_of_tiles(len(q), len(cu_seqlens) - 1, max_seqlen, block_m // group)
     if tiles is not None and (rows is not None or tiles.shape != (most, 2)):
@@ -314,15 +323,17 @@ def attention(
     if tiles is None:
         tiles = tiles_of(bounds, most, block_m // group, prefixes)
     own = OWN.get(chip())
-    if own is not None and rows is None and prefixes is None and own.serves(k, v):
-        own.attention(q, k, v, out, tiles, cu_seqlens, window, scale * 1.4426950408889634)
-        return out
+    by_own = own is not None and rows is None and block_m == own.BLOCK_M and own.serves(q, k, v, out)
+    if own is not None and by_own:
+        own.attention(q, k, v, out, tiles, cu_seqlens, prefixes, window, scale * 1.4426950408889634)
+        if prefixes is None:
+            return out
     descriptors = (None, None) if rows is not None else (_descriptor(k, block_n), _descriptor(v, block_n))
     _attention_kernel[(len(tiles) * k.shape[1],)](
         q, k, v, *descriptors, out, tiles, cu_seqlens, bounds, cu_seqlens if rows is None else rows, table,
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * 1.4426950408889634, window or 0,
         HEAD_DIM=head_dim, KV_HEADS=k.shape[1], GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n,
         HAS_ROWS=rows is not None, HAS_WINDOW=window is not None, HAS_PREFIX=prefixes is not None,
-        PAIRED=step == 2, TMA=None not in descriptors, num_warps=warps, num_stages=stages,
+        OTHERS_DONE=by_own, PAIRED=step == 2, TMA=None not in descriptors, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

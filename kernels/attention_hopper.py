@@ -1,10 +1,9 @@
 """The same attention for Hopper's own machinery: warps with roles, in Gluon. `attention` takes it where it serves.
 
-One warp fetches keys and values with the copy engine; two warpgroups compute, 64 rows of the tile each, so that the
-softmax of one runs under the products of the other, and within one the softmax of a tile under the product with the
-values of the tile before. Tiles of 128 keys from the diagonal down. What is fetched is released as soon as the product
-that reads it is done: held a step longer, as another schedule would have it, the copy engine starves the rest (measured
-on an H100: 636 TFLOP/s at 16,384 tokens against 460).
+One warp fetches keys and values with the copy engine; two warpgroups compute, 64 rows of the tile each, and the softmax
+of one runs under the products of the other. Tiles of 128 keys from the diagonal down. What is fetched is released as
+soon as the product that reads it is done. Held until the softmax is, which hides it under that product, too, it starves
+the copy engine: on an H100 460 TFLOP/s at 16,384 tokens instead of 636 (`bench/results/attention_gpu.json`, "held").
 
 A program, its tile and its sequence are as in `attention`; so are masks, NaN beyond a sequence's end, and precision.
 """
@@ -199,14 +198,16 @@ def _compute(
 
 @gluon.jit(do_not_specialize=["window"])
 def _hopper_attention_kernel(
-    q_ptr, k_desc, v_desc, out_ptr, tiles_ptr, cu_seqlens_ptr, q_row_stride, out_row_stride, scale_log2, window,
-    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr, COMPUTE: gl.constexpr, FETCH: gl.constexpr,
-    num_warps: gl.constexpr,
+    q_ptr, k_desc, v_desc, out_ptr, tiles_ptr, cu_seqlens_ptr, prefixes_ptr, q_row_stride, out_row_stride, scale_log2,
+    window, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_PREFIX: gl.constexpr,
+    COMPUTE: gl.constexpr, FETCH: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     BLOCK_Q: gl.constexpr = 2 * ROWS // GROUP
     entry, kv_head = gl.program_id(0) // KV_HEADS, gl.program_id(0) % KV_HEADS
     sequence, tile = gl.load(tiles_ptr + 2 * entry), gl.load(tiles_ptr + 2 * entry + 1)
+    if HAS_PREFIX:  # what continues another sequence is another kernel's
+        tile = gl.where(gl.load(prefixes_ptr + 2 * sequence + 1) > 0, -1, tile)
     if tile >= 0:
         start = gl.load(cu_seqlens_ptr + sequence).to(gl.int32)
         length = gl.load(cu_seqlens_ptr + sequence + 1).to(gl.int32) - start
@@ -249,19 +250,19 @@ def _hopper_attention_kernel(
         ], [4, 1], [COMPUTE, FETCH])  # fmt: skip
 
 
-def serves(*tensors: torch.Tensor) -> bool:
-    """Whether keys and values `[T, H, d]` are what the copy engine can fetch. Those of a model always are."""
-    return all(
-        x.dtype in _DTYPES and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors
-    )
+def serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether all are of one dtype that the matrix unit has, and keys and values such as the copy engine can fetch; a
+    model's always are."""
+    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (k, v))
+    return aligned and k.dtype in _DTYPES and all(x.dtype == k.dtype for x in (q, v, out))
 
 
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, tiles: torch.Tensor,
-    cu_seqlens: torch.Tensor, window: int | None, scale_log2: float, stages: int = _STAGES,
+    cu_seqlens: torch.Tensor, prefixes: torch.Tensor | None, window: int | None, scale_log2: float,
 ) -> None:  # fmt: skip
-    """Of all rows, into `out`, by a list of tiles of `BLOCK_M // group` rows; what `serves` k and v. Shapes are as in
-    `attention.attention`, which has looked at them."""
+    """Of all rows of the sequences that continue none, into `out`, by a list of tiles of `BLOCK_M // group` rows; of
+    tensors that it `serves`. Shapes are as in `attention.attention`, which has looked at them."""
     head_dim, kv_heads = q.shape[2], k.shape[1]
     layout = gl.NVMMASharedLayout.get_default_for([_BLOCK_N, head_dim], _DTYPES[k.dtype])
     k_desc, v_desc = (
@@ -269,7 +270,9 @@ def attention(
         for x in (k, v)
     )
     _hopper_attention_kernel[(len(tiles) * kv_heads,)](
-        q, k_desc, v_desc, out, tiles, cu_seqlens, q.stride(0), out.stride(0), scale_log2, window or 0,
+        q, k_desc, v_desc, out, tiles, cu_seqlens, cu_seqlens if prefixes is None else prefixes,
+        q.stride(0), out.stride(0), scale_log2, window or 0,
         KV_HEADS=kv_heads, GROUP=q.shape[1] // kv_heads, HEAD_DIM=head_dim, ROWS=BLOCK_M // 2, BLOCK_N=_BLOCK_N,
-        STAGES=stages, HAS_WINDOW=window is not None, COMPUTE=_REGISTERS[0], FETCH=_REGISTERS[1], num_warps=4,
+        STAGES=_STAGES, HAS_WINDOW=window is not None, HAS_PREFIX=prefixes is not None,
+        COMPUTE=_REGISTERS[0], FETCH=_REGISTERS[1], num_warps=4, num_stages=_STAGES,
     )  # fmt: skip

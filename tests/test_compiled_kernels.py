@@ -59,13 +59,14 @@ def test_shared_memory_fits(report):
 
 def test_attention_on_hopper_is_not_serialised_and_hides_its_exponentials(rows):
     """Half of a step's exponentials run under the product of the other half; ptxas adds no wait of its own. Where warps
-    have roles, they run under another warpgroup's products, which no order of instructions shows."""
+    have roles, none of their own products hides them: those of the other warpgroup do."""
     attention = [row for row in rows if row["chip"] == "sm_90" and "products" in row]
     roles = [row for row in attention if row["kernel"] == "_hopper_attention_kernel"]
     assert len(roles) == 5 and len(attention) >= 12
     for row in attention:
         assert row["waits"] <= row["products"] // 3, row
         assert row["exponentials_under_products"] >= 28 or row in roles, row
+    assert {row["stages"] for row in roles} == {2}
     assert {row["warps"] for row in roles} == {12}
 
 

@@ -123,19 +123,19 @@ def test_ids_of_real_text(qwen, encoders, texts, name):
 
 
 @pytest.mark.parametrize("name", POINTWISE)
-def test_ids_of_thousands_of_real_documents(qwen, encoders, name):
+def test_ids_of_a_thousand_real_documents(qwen, encoders, name):
     if not SHARED.is_dir():
         pytest.skip("needs the development data beside the repository")
     count = 0
     for folder in sorted((SHARED / "data" / "beir").glob("lo-help-*")):
         with gzip.open(folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-            documents = [json.loads(line)["text"] for line, _ in zip(lines, range(200), strict=False)]
+            documents = [json.loads(line)["text"] for line, _ in zip(lines, range(100), strict=False)]
         with gzip.open(folder / "queries.jsonl.gz", "rt", encoding="utf-8") as lines:
             queries = [json.loads(line)["text"] for line, _ in zip(lines, range(10), strict=False)]
         for number, query in enumerate(queries):
             assert_published(qwen, encoders, name, query, documents[number :: len(queries)])
         count += len(documents)
-    assert count >= 2000
+    assert count >= 1000
 
 
 AWKWARD = st.one_of(
