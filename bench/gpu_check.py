@@ -287,15 +287,14 @@ def seconds(tiny: bool, device: torch.device) -> Rows:
 @contextmanager
 def checkpoint(shape: str, **overrides: Any) -> Iterator[Path]:
     """A random one of a shape, for as long as it is loaded; one as it is published is written once for all parts."""
-    from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
+    from lastrerank.random_checkpoint import write_random_checkpoint
 
-    tokenizer = None
     if "tiny" in shape:
-        overrides["num_hidden_layers"], tokenizer = 2, small_tokenizer()
+        overrides["num_hidden_layers"] = 2
     with tempfile.TemporaryDirectory() as name:
         kept = Path(os.environ.get(CHECKPOINTS, name), shape)
         if overrides:
-            yield write_random_checkpoint(name, shape, tokenizer=tokenizer, overrides=overrides)
+            yield write_random_checkpoint(name, shape, overrides=overrides)
         else:  # parts run one after another
             yield kept if (kept / "tokenizer.json").exists() else write_random_checkpoint(kept, shape)
 

@@ -23,6 +23,12 @@ import bench  # noqa: E402, F401 (finds the kernels of a checkout that isn't ins
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+# Workers share the cores: threads that wait for each other cost more than they give.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    own_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(own_threads))  # of processes that tests start, too
+    torch.set_num_threads(own_threads)
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 

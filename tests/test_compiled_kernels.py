@@ -62,7 +62,7 @@ def test_attention_on_hopper_is_not_serialised_and_hides_its_exponentials(rows):
     have roles, none of their own products hides them: those of the other warpgroup do."""
     attention = [row for row in rows if row["chip"] == "sm_90" and "products" in row]
     roles = [row for row in attention if row["kernel"] == "_hopper_attention_kernel"]
-    assert len(roles) == 5 and len(attention) >= 12
+    assert len(roles) == 8 and len(attention) >= 12  # of five forms, three also beside what continues others
     for row in attention:
         assert row["waits"] <= row["products"] // 3, row
         assert row["exponentials_under_products"] >= 28 or row in roles, row
