@@ -334,6 +334,14 @@ def test_a_planted_fault_is_caught(fault):
             attend(kernel, mode, change, length)
 
 
+@pytest.mark.parametrize("mode", ["lazy", "random"])
+def test_values_whose_tail_is_still_being_cleared_are_not_taken(mode):
+    """The second warpgroup's wait for the first, which puts zeros behind a sequence's end."""
+    change = replaced(r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 complete, 0, 0;", 2)
+    with pytest.raises(Fault, match=r"wgmma.*another warp wrote"):
+        attend("hopper", mode, change)
+
+
 @pytest.mark.parametrize("kernel", ["sm_80", "sm_90", "hopper"])
 def test_the_kernel_without_a_planted_fault_passes(kernel):
     eager, lazy = attend(kernel, "eager"), attend(kernel, "lazy", change=lambda text: text)

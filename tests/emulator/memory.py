@@ -149,7 +149,8 @@ class SharedMemory:
         self.dirty[places] = False
 
     def end_copy(self, places: np.ndarray, warp: int) -> None:
-        """A warp has waited for a copy."""
+        """A warp has waited for a copy; what ordinary stores have put there since is no part of it."""
+        places = places[~self.dirty[places]]
         first = self.written_at[places] == _IN_FLIGHT
         mine = places[first]
         self.writer[mine], self.written_at[mine] = warp, self.clock[warp, warp]
