@@ -200,60 +200,47 @@ _TILES = [
 
 
 def attention(tiny: bool, device: torch.device) -> Rows:
-    """Attention by kernel: what this chip has of its own, the portable one with its tile and others, and cuDNN's. Short
+    """Attention by kernel: what this chip has of its own, the portable one by its tile and by others, cuDNN's. Short
     sequences are bound by their launches here, which a graph does away with."""
     from lastrerank.kernels import attention as kernel
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from bench.kernels import AGREEMENT, timed
+    from bench import kernels as bench
     from lastrerank.ops import attention_flops
+    from lastrerank.ops.reference import ReferenceOperations
 
     chip, dtype = kernel.chip(), torch.float32 if tiny else torch.bfloat16
-    rows = []
+    ceilings, rows = bench.measured_ceilings(device, dtype, 64 if tiny else 8192), []
     for length, heads, kv_heads, dim, window in [(40, 4, 2, 64, None)] if tiny else _ATTENTION:
         widths = [heads * dim, kv_heads * dim, kv_heads * dim]
         packed = torch.randn(length, sum(widths), device=device).to(dtype)
         q, k, v = (part.unflatten(1, (-1, dim)) for part in packed.split(widths, 1))
         starts = torch.tensor([0, length], dtype=torch.int32, device=device)
+        arguments = (q, k, v, starts, (length,), window, dim**-0.5)
+
+        def by(tile: Any, arguments: Any = arguments) -> Callable[[], Any]:
+            """The portable kernel by a tile; None: what the launcher chooses."""
+            q, k, v, starts, (length,), window, scale = arguments
+            tiles = {chip: tile} if tile else {}
+            with patch.dict(kernel.TILES, tiles):  # once a pass, so not timed
+                work = kernel.tiles(starts, length, length, q.shape[1] // k.shape[1], q.shape[2], q.dtype)
+
+            def call() -> Any:
+                with patch.dict(kernel.OWN, clear=tile is not None), patch.dict(kernel.TILES, tiles):
+                    return kernel.attention(q, k, v, starts, length, window, scale, tiles=work)
+
+            return call
+
+        providers: dict[str, Callable[[], Any]] = {"reference": lambda a=arguments: ReferenceOperations().attention(*a)}
+        if chip in kernel.OWN:
+            providers["own"] = by(None)
+        for tile in dict.fromkeys([kernel.tile_of(dtype, dim, False), *([] if tiny else _TILES)]):
+            providers[f"portable {tile}"] = by(tile)
+        if device.type == "cuda" and window is None:
+            providers["sdpa cudnn"] = bench.attention_peers(*arguments)["sdpa cudnn"]
+        moved = 2 * length * (heads + kv_heads) * dim * dtype.itemsize
         operations = attention_flops(starts, window, heads, dim)
-        wide = [x.repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)[None] for x in (q, k, v)]
-
-        def library(wide: Any = wide) -> Any:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)[0].transpose(0, 1)
-
-        committed = kernel.tile_of(dtype, dim, False)
-        tried: list[Any] = [committed, *(["own"] if chip in kernel.OWN else [])]
-        tried += [] if tiny else [tile for tile in _TILES if tile != committed]
-        tried += ["cudnn"] if device.type == "cuda" and window is None else []
-        truth = None
-        for tile in tried:
-            portable = isinstance(tile, tuple)
-            with patch.dict(kernel.OWN, clear=portable), patch.dict(kernel.TILES, {chip: tile} if portable else {}):
-                work = kernel.tiles(starts, length, length, heads // kv_heads, dim, dtype)  # once a pass
-
-                def attend(q: Any = q, k: Any = k, v: Any = v, cu: Any = starts, w: Any = window, t: Any = work) -> Any:
-                    return kernel.attention(q, k, v, cu, len(q), w, q.shape[2] ** -0.5, tiles=t)
-
-                name = f"{length} x {heads}/{kv_heads} x {dim}, window {window}"
-                row: dict[str, Any] = {"attention": name, "kernel": list(tile) if portable else tile}
-                try:
-                    call = library if tile == "cudnn" else attend
-                    out = call().float()
-                    truth = out if truth is None else truth  # the portable kernel's
-                    row["difference"] = float((out - truth).abs().max())
-                    if row["difference"] <= AGREEMENT * float(truth.abs().max()):
-                        row["milliseconds"] = timed(call)
-                        row["tflops"] = operations / row["milliseconds"]["median"] / 1e9
-                        milliseconds = f"{row['milliseconds']['median']:.3f} ms"
-                        log(f"{name:32} {tile!s:24} {milliseconds} {row['tflops']:6.1f} TFLOP/s")
-                    else:
-                        row["left_out"] = "another result"
-                except Exception as error:  # too much shared memory, say
-                    row["left_out"] = str(error)[:200]
-                rows.append(row)
-    if not any("milliseconds" in row for row in rows):
-        raise PartFailedError(rows)
+        name = f"{length} x {heads}/{kv_heads} x {dim}, window {window}"
+        rows += bench.measure(bench.Case("attention", name, operations, moved, providers), ceilings)
     return rows
 
 

@@ -118,7 +118,7 @@ def cases(tokens: int, shape: str, device: torch.device, dtype: torch.dtype, doc
         providers = {
             "lastrerank": lambda arguments=arguments: ours.attention(*arguments, tiles=tiles),
             "reference": lambda arguments=arguments: plain.attention(*arguments),
-            **_attention_peers(*arguments),
+            **attention_peers(*arguments),
         }
         work = attention_flops(cu, window, HEADS, HEAD_DIM)
         moved = 2 * tokens * (HEADS + KV_HEADS) * HEAD_DIM * size
@@ -130,7 +130,7 @@ def _difference(out: torch.Tensor, truth: torch.Tensor) -> float:
     return float((out.float() - truth.float()).abs().max() / truth.float().abs().max())
 
 
-def _attention_peers(
+def attention_peers(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, lengths: tuple[int, ...],
     window: int | None, scale: float,
 ) -> dict[str, Callable[[], torch.Tensor]]:  # fmt: skip

@@ -20,7 +20,7 @@ adds.
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
 from types import ModuleType
 
 import torch
@@ -44,10 +44,12 @@ _ROWS_TILE = (16, 32, 8, 3, 1)
 MOST_GROUP = _ROWS_TILE[0]
 # By chip, a kernel of its own. It is written in what Triton has since 3.6 and calls experimental.
 OWN: dict[str, ModuleType] = {}
-with suppress(ImportError, AttributeError):
+try:
     from lastrerank.kernels import attention_hopper
 
     OWN["sm_90"] = attention_hopper
+except (ImportError, AttributeError) as error:
+    logging.getLogger("lastrerank").info("Hopper GPUs go without their own attention kernel: %s", error)
 # Chips whose copy engine fetches whole tiles (TMA). sm_120 has one, and compiled with it keeps 8 bytes on the stack.
 _COPY_ENGINE = ("sm_90", "sm_100", "sm_103")
 
@@ -322,9 +324,10 @@ def attention(
         raise ValueError(f"tiles has shape {tuple(tiles.shape)}, expected [{most}, 2], and none with rows")
     if tiles is None:
         tiles = tiles_of(bounds, most, block_m // group, prefixes)
-    own = OWN.get(chip())
-    by_own = own is not None and rows is None and block_m == own.BLOCK_M and own.serves(q, k, v, out)
-    if own is not None and by_own:
+    own = OWN.get(chip()) if rows is None else None
+    if own is not None and (block_m != own.BLOCK_M or not own.serves(q, k, v, out)):
+        own = None
+    if own is not None:
         own.attention(q, k, v, out, tiles, cu_seqlens, prefixes, window, scale * 1.4426950408889634)
         if prefixes is None:
             return out
@@ -334,6 +337,6 @@ def attention(
         q.stride(0), k.stride(0), v.stride(0), out.stride(0), scale * 1.4426950408889634, window or 0,
         HEAD_DIM=head_dim, KV_HEADS=k.shape[1], GROUP=group, BLOCK_M=block_m, BLOCK_N=block_n,
         HAS_ROWS=rows is not None, HAS_WINDOW=window is not None, HAS_PREFIX=prefixes is not None,
-        OTHERS_DONE=by_own, PAIRED=step == 2, TMA=None not in descriptors, num_warps=warps, num_stages=stages,
+        OTHERS_DONE=own is not None, PAIRED=step == 2, TMA=None not in descriptors, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

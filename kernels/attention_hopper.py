@@ -109,6 +109,20 @@ def _clear_behind(v, tail, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _places(
+    which: gl.constexpr, start, length, first_row, kv_head, row_stride, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCK_Q: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where a warpgroup's rows of queries or output are `[ROWS, HEAD_DIM]`, in elements, and which are rows at all."""
+    m = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    row = first_row + m // GROUP
+    valid = (row < length) & (m // GROUP < BLOCK_Q)
+    place = (start + row).to(gl.int64) * row_stride + (kv_head * GROUP + m % GROUP) * HEAD_DIM
+    return gl.expand_dims(place, 1) + gl.expand_dims(columns, 0), gl.expand_dims(valid, 1)
+
+
+@gluon.jit
 def _compute(
     which: gl.constexpr, q_ptr, q_smem, k_smem, v_smem, k_full, k_empty, v_full, v_empty, v_clean, out_ptr,
     q_row_stride, out_row_stride, start, length, first_row, kv_head, top_tile, tiles, scale_log2, window,
@@ -123,14 +137,11 @@ def _compute(
     # Tiles of rows that no tile of keys is a multiple of can lie across two: then a row may see none of the first.
     ACROSS: gl.constexpr = BLOCK_N % BLOCK_Q != 0
 
-    m = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOAD))
-    row = first_row + m // GROUP
-    inner = gl.expand_dims((kv_head * GROUP + m % GROUP) * HEAD_DIM, 1) + gl.expand_dims(
-        gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LOAD)), 0)  # fmt: skip
-    valid = (row < length) & (m // GROUP < BLOCK_Q)
-    where = gl.expand_dims((start + row).to(gl.int64) * q_row_stride, 1)
     q = q_smem.index(which)
-    q.store(gl.load(q_ptr + where + inner, gl.expand_dims(valid, 1), other=0.0))
+    places, valid = _places(
+        which, start, length, first_row, kv_head, q_row_stride, GROUP, HEAD_DIM, BLOCK_Q, ROWS, LOAD
+    )
+    q.store(gl.load(q_ptr + places, valid, other=0.0))
     fence_async_shared()
 
     tail = length - top_tile * BLOCK_N
@@ -187,13 +198,10 @@ def _compute(
     acc = warpgroup_mma_wait(0, deps=(acc_next,))
     result = acc * gl.expand_dims(gl.convert_layout(1.0 / total, gl.SliceLayout(1, OUT)), 1)
 
-    m = which * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    row = first_row + m // GROUP
-    inner = gl.expand_dims((kv_head * GROUP + m % GROUP) * HEAD_DIM, 1) + gl.expand_dims(
-        gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, OUT)), 0)  # fmt: skip
-    valid = (row < length) & (m // GROUP < BLOCK_Q)
-    where = gl.expand_dims((start + row).to(gl.int64) * out_row_stride, 1)
-    gl.store(out_ptr + where + inner, result.to(k_smem.dtype), gl.expand_dims(valid, 1))
+    places, valid = _places(
+        which, start, length, first_row, kv_head, out_row_stride, GROUP, HEAD_DIM, BLOCK_Q, ROWS, OUT
+    )
+    gl.store(out_ptr + places, result.to(k_smem.dtype), valid)
 
 
 @gluon.jit(do_not_specialize=["window"])
