@@ -6,6 +6,11 @@
 
 #include "kernels.h"
 
+#if defined(LASTRERANK_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -40,17 +45,32 @@ bool has_dotprod() { return false; }
 bool has_bf16() { return false; }
 #endif
 
+#if defined(LASTRERANK_AMX)
+// Whether the processor has AMX with bf16 and 8 bits, and Linux lets this process use it: it is asked once, since its
+// state makes every thread's larger.
+bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
 // The instruction sets this build has and this processor runs, best first.
 const Kernels* const* available() {
-  static const Kernels* list[6];
+  static const Kernels* list[7];
   static const bool filled = [] {
     int n = 0;
 #if defined(LASTRERANK_X86)
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-      list[n++] = &lastrerank::kernels_avx512bf16;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#if defined(LASTRERANK_AMX)
+    if (bf16 && has_amx()) list[n++] = &lastrerank::kernels_amx;
+#endif
+    if (bf16) list[n++] = &lastrerank::kernels_avx512bf16;
     if (avx512 && __builtin_cpu_supports("avx512vnni")) list[n++] = &lastrerank::kernels_avx512vnni;
     if (avx512) list[n++] = &lastrerank::kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list[n++] = &lastrerank::kernels_avx2;
@@ -69,7 +89,7 @@ const Kernels* const* available() {
 }  // namespace
 
 // Raised whenever a signature changes; the Python side refuses a library of another version.
-LASTRERANK_EXPORT int lastrerank_version() { return 6; }
+LASTRERANK_EXPORT int lastrerank_version() { return 7; }
 
 // The kernels of instruction set number i, best first, or null.
 LASTRERANK_EXPORT const Kernels* lastrerank_kernels(int i) {

@@ -1,6 +1,6 @@
 // The CPU kernels, one source for all instruction sets: compiled once for each with its own flags and LASTRERANK_ISA.
 //
-// Vectors are the compiler's own (`vectors.h`); only products and bf16 have lines per instruction set (`tiles.h`).
+// Vectors are the compiler's own (`vectors.h`); only products have lines per instruction set (`tiles.h`, `amx.h`).
 
 #include "kernels.h"
 
@@ -13,8 +13,8 @@
 #include <system_error>
 #include <vector>
 
+#include "amx.h"
 #include "parallel.h"
-#include "tiles.h"
 
 #define LASTRERANK_JOIN_(a, b) a##b
 #define LASTRERANK_JOIN(a, b) LASTRERANK_JOIN_(a, b)
@@ -99,10 +99,11 @@ void linear_f32(int threads, const float* x, long ldx, long m, long k, const flo
 // ---- bf16 matrix product ----------------------------------------------------------------------------------------
 
 // Packed: per panel, per pair of inputs, kPanel columns of two.
-long packed_bf16_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * ceil_div(k, 2) * 2; }
+long bf16_pairs(long k) { return padded_words(ceil_div(k, 2)); }
+long packed_bf16_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * bf16_pairs(k) * 2; }
 
 void pack_bf16(const void* weight, bool is_bf16, long n, long k, uint16_t* packed) {
-  const long pairs = ceil_div(k, 2);
+  const long pairs = bf16_pairs(k);
   std::memset(packed, 0, packed_bf16_size(n, k) * sizeof(uint16_t));
   for (long column = 0; column < n; ++column)
     for (long i = 0; i < k; ++i)
@@ -111,26 +112,53 @@ void pack_bf16(const void* weight, bool is_bf16, long n, long k, uint16_t* packe
 }
 
 void unpack_bf16(const uint16_t* packed, long n, long k, float* weight) {
-  const long pairs = ceil_div(k, 2);
+  const long pairs = bf16_pairs(k);
   for (long column = 0; column < n; ++column)
     for (long i = 0; i < k; ++i)
       weight[column * k + i] =
           bf16(packed[((column / kPanel * pairs + i / 2) * kPanel + column % kPanel) * 2 + i % 2]);
 }
 
-// Products of bf16 numbers, x rounded first, on every processor: those without units for it compute them in fp32.
-void linear_bf16(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
-                 const float* bias, float* out, long ldo) {
-  using Input = std::conditional_t<kBf16Units, uint16_t, float>;
-  constexpr long depth_pairs = kBf16Units ? kDepth : kDepth / 2;  // as many bytes of a panel as in fp32
-  const long pairs = ceil_div(k, 2), size = 2 * pairs * kRows;
+// Products with a weight in bf16, of x in as many bf16 numbers each as AMX multiplies: one rounds it, kWhole don't.
+template <int kParts>
+void linear_by_tile_units(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
+                          const float* bias, float* out, long ldo) {
+  const long pairs = bf16_pairs(k), steps = pairs / kStepWords;
+  const TiledRows tiled(m, steps, kParts);
+  const TiledRows* rows = &tiled;
+  parallel_for(threads, ceil_div(m, kTileRows), [=](long task) {
+    for (long r = task * kTileRows; r < std::min(m, (task + 1) * kTileRows); ++r)
+      split<kParts>(x + r * ldx, k, 1.0f, rows->row(r), kParts * kTileBytes, kTileBytes);
+  });
+  in_blocks(threads, m, n, tiled.block_rows(m), bias, out, ldo, [=](long row, long end, long first, long last) {
+    [[maybe_unused]] const TileUnits units;
+    for (long p = first; p < last; ++p)
+      for (long r = row; r < end; r += kPairRows)
+        product_bf16<kParts>(rows->at(r), std::min(kPairRows, end - r), packed + p * pairs * 2 * kPanel, steps,
+                             out + r * ldo + p * kPanel, ldo, std::min<long>(kPanel, n - p * kPanel));
+  });
+}
+
+// Products with a weight in bf16, on every processor: those without units for it compute them in fp32. kRounded: x is
+// rounded to bf16 first.
+template <bool kRounded>
+void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
+                        const float* bias, float* out, long ldo) {
+  if constexpr (kTileUnits) {
+    linear_by_tile_units<kRounded ? 1 : kWhole>(threads, x, ldx, m, k, packed, n, bias, out, ldo);
+    return;
+  }
+  constexpr bool in_pairs = kBf16Units && kRounded;
+  using Input = std::conditional_t<in_pairs, uint16_t, float>;
+  constexpr long depth_pairs = in_pairs ? kDepth : kDepth / 2;  // as many bytes of a panel as in fp32
+  const long pairs = bf16_pairs(k), size = 2 * pairs * kRows;
   const auto storage = interleaved<Input>(threads, m, size, [=](long row, Input* tile, long r) {
     for (long i = 0; i < 2 * pairs; ++i) {
-      const uint16_t number = i < k ? to_bf16(x[row * ldx + i]) : uint16_t{0};
-      if constexpr (kBf16Units) {
-        tile[(i / 2 * kRows + r) * 2 + i % 2] = number;
+      const float number = i < k ? x[row * ldx + i] : 0.0f;
+      if constexpr (in_pairs) {
+        tile[(i / 2 * kRows + r) * 2 + i % 2] = to_bf16(number);
       } else {
-        tile[i * kRows + r] = bf16(number);
+        tile[i * kRows + r] = kRounded ? bf16(to_bf16(number)) : number;
       }
     }
   });
@@ -144,7 +172,7 @@ void linear_bf16(int threads, const float* x, long ldx, long m, long k, const ui
           const uint16_t* panel = packed + (p * pairs + depth) * 2 * kPanel;
           float* c = out + r * ldo + p * kPanel;
           const long columns = std::min<long>(kPanel, n - p * kPanel);
-          if constexpr (kBf16Units) {
+          if constexpr (in_pairs) {
             tile_bf16<rows.value, true>(a, 0, panel, span, c, ldo, depth > 0, columns);
           } else {
             tile_widened<rows.value>(a, panel, span, c, ldo, depth > 0, columns);
@@ -159,7 +187,8 @@ void linear_bf16(int threads, const float* x, long ldx, long m, long k, const ui
 constexpr int kWeightMax = 64;
 
 // Packed: per panel, per group of 4 inputs, kPanel columns of 4 bytes.
-long packed_i8_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * ceil_div(k, 4) * 4; }
+long i8_groups(long k) { return padded_words(ceil_div(k, 4)); }
+long packed_i8_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * i8_groups(k) * 4; }
 
 // A weight beyond this many root mean squares of its output's weights would cost all the others their precision: a
 // Gaussian has one such in two million, a row with a few large weights loses nothing else once they are out.
@@ -167,7 +196,7 @@ constexpr double kOutlier = 5.0;
 
 long pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
              int32_t* sums, Outlier* outliers, long room) {
-  const long groups = ceil_div(k, 4);
+  const long groups = i8_groups(k);
   long count = 0;
   std::memset(packed, 0, packed_i8_size(n, k));
   std::vector<float> row(k);
@@ -203,7 +232,7 @@ long pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8
 
 void unpack_i8(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
                float* weight) {
-  const long groups = ceil_div(k, 4);
+  const long groups = i8_groups(k);
   for (long column = 0; column < n; ++column)
     for (long i = 0; i < k; ++i) {
       const long at = ((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4;
@@ -217,25 +246,41 @@ constexpr int kRowsI8 = kLanes == 8 ? 4 : kRows;  // leaves registers for the pr
 void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
                const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
                long ldo) {
-  const long groups = ceil_div(k, 4), width = groups * 4;
-  std::unique_ptr<uint8_t[]> quantized(new uint8_t[m * width]);
+  const long groups = i8_groups(k), width = groups * 4, steps = groups / kStepWords;
+  // x in rows of `width`, or as AMX's registers.
+  const TiledRows tiled(kTileUnits ? m : 0, steps, 1);
+  std::unique_ptr<uint8_t[]> quantized(new uint8_t[kTileUnits ? 0 : m * width]);
   std::unique_ptr<float[]> row_scales(new float[m]);
+  const TiledRows* rows = &tiled;
   uint8_t* q = quantized.get();
   float* rs = row_scales.get();
   parallel_for(threads, ceil_div(m, 16), [=](long task) {
+    std::vector<uint8_t> own(kTileUnits ? width : 0);
     for (long r = task * 16; r < std::min(m, task * 16 + 16); ++r) {
-      rs[r] = quantize(x + r * ldx, k, magnitude(x + r * ldx, k), 127.0f, kZero, q + r * width);
-      std::memset(q + r * width + k, kZero, width - k);  // meets zero weights
+      uint8_t* row = kTileUnits ? own.data() : q + r * width;
+      rs[r] = quantize(x + r * ldx, k, magnitude(x + r * ldx, k), 127.0f, kZero, row);
+      std::memset(row + k, kZero, width - k);  // meets zero weights
+      if constexpr (kTileUnits)
+        for (long s = 0; s < steps; ++s) std::memcpy(rows->row(r) + s * kTileBytes, row + s * kStepBytes, kStepBytes);
     }
   });
-  in_blocks(threads, m, n, 24 * kRowsI8, nullptr, out, ldo, [=](long row, long end, long first, long last) {
+  const long block_rows = kTileUnits ? tiled.block_rows(m) : 24 * kRowsI8;
+  in_blocks(threads, m, n, block_rows, nullptr, out, ldo, [=](long row, long end, long first, long last) {
+    [[maybe_unused]] const TileUnits units;
     for (long p = first; p < last; ++p) {
-      const long column = p * kPanel;
-      in_tiles<kRowsI8>(row, end, [&](auto rows, long r) {
-        tile_i8<rows.value>(q + r * width, width, rs + r, packed + p * groups * kPanel * 4, groups, scales + column,
-                            sums + column, bias == nullptr ? nullptr : bias + column, out + r * ldo + column, ldo,
-                            std::min<long>(kPanel, n - column));
-      });
+      const long column = p * kPanel, columns = std::min<long>(kPanel, n - column);
+      const int8_t* panel = packed + p * groups * kPanel * 4;
+      const float* shift = bias == nullptr ? nullptr : bias + column;
+      if constexpr (kTileUnits) {
+        for (long r = row; r < end; r += kPairRows)
+          product_i8(rows->at(r), std::min(kPairRows, end - r), rs + r, panel, steps, scales + column, sums + column,
+                     shift, out + r * ldo + column, ldo, columns);
+      } else {
+        in_tiles<kRowsI8>(row, end, [&](auto some, long r) {
+          tile_i8<some.value>(q + r * width, width, rs + r, panel, groups, scales + column, sums + column, shift,
+                              out + r * ldo + column, ldo, columns);
+        });
+      }
     }
     auto before = [](const Outlier& outlier, long column) { return outlier.output < column; };
     const Outlier *begin = std::lower_bound(outliers, outliers + count, first * kPanel, before),
@@ -317,9 +362,6 @@ void qk_norm_rope(int threads, float* qkv, long ld, long rows, long heads, long 
 
 // ---- attention --------------------------------------------------------------------------------------------------
 
-constexpr long kKeys = 64;       // keys of a tile
-constexpr long kQueryRows = 96;  // query rows of a task, the group's heads together
-
 // What attention multiplies. Logits, softmax and sums are in fp32 in each.
 //
 // Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Pairs: the same, for units that take pairs.
@@ -329,30 +371,59 @@ enum class Format { kFp32, kRounded, kPairs, kGrid };
 template <Format kFormat>
 struct Of {
   static constexpr bool kPaired = kFormat == Format::kPairs || kFormat == Format::kGrid;
+  // Whether AMX multiplies them: rows are filled up to whole registers then, inputs to whole steps, and tiles are larger
+  // so that its sums stay in the registers for longer.
+  static constexpr bool kTiled = kTileUnits && kFormat == Format::kPairs;
   using Number = std::conditional_t<kFormat == Format::kGrid, int16_t, std::conditional_t<kPaired, uint16_t, float>>;
-  static constexpr long kInputs = kPaired ? 2 : 1;  // of a lane
+  static constexpr long kInputs = kPaired ? 2 : 1;                        // of a lane
+  static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
+  static constexpr long kKeys = kTiled ? 256 : 64;                        // keys of a tile
+  static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together
+
+  static constexpr long padded_rows(long rows) { return kTiled ? ceil_div(rows, kTileRows) * kTileRows : rows; }
 
   // n numbers of a row, zeros up to `width`; returns what they are to be multiplied with.
   static float encode(const float* x, long n, long width, float factor, float grid, Number* out) {
     std::fill(out + n, out + width, Number{0});
     if constexpr (kFormat == Format::kGrid) {
       return quantize(x, n, magnitude(x, n), grid, 0, out) * factor;
-    } else if constexpr (kFormat == Format::kPairs) {
-      for (long i = 0; i < n; ++i) out[i] = to_bf16(x[i] * factor);
     } else {
       long i = 0;
-      for (; i + kLanes <= n; i += kLanes) {
-        const Vec v = load(x + i) * factor;
-        store(out + i, kFormat == Format::kRounded ? rounded_to_bf16(v) : v);
+      for (; i + kLanes <= n; i += kLanes) put(out + i, load(x + i) * factor);
+      for (; i < n; ++i) {
+        const float v = x[i] * factor;
+        if constexpr (kFormat == Format::kPairs) {
+          out[i] = to_bf16(v);
+        } else {
+          out[i] = kFormat == Format::kRounded ? bf16(to_bf16(v)) : v;
+        }
       }
-      for (; i < n; ++i) out[i] = kFormat == Format::kRounded ? bf16(to_bf16(x[i] * factor)) : x[i] * factor;
+      return 1.0f;
     }
-    return 1.0f;
+  }
+
+  // Numbers that are on no grid.
+  static void put(Number* out, Vec v) {
+    if constexpr (kFormat == Format::kPairs) {
+      store_bf16(out, v);
+    } else if constexpr (kFormat != Format::kGrid) {
+      store(out, kFormat == Format::kRounded ? rounded_to_bf16(v) : v);
+    }
   }
 
   // c[m, kPanel] (+)= a[m, inputs] @ panel
   static void multiply(const Number* a, long lda, long m, const Number* panel, long inputs, const float* row_scales,
                        const float* column_scales, float* c, long ldc, bool accumulate) {
+    if constexpr (kTiled) {
+      const long row = lda * static_cast<long>(sizeof(Number));
+      for (long r = 0; r < m; r += kPairRows) {
+        const auto product = m - r > kTileRows ? tile_units<false, 2, 1> : tile_units<false, 1, 1>;
+        product({reinterpret_cast<const char*>(a + r * lda), row, kTileRows * row, kStepBytes, 0},
+                reinterpret_cast<const char*>(panel), ceil_div(inputs, kStep), c + r * ldc,
+                ldc * static_cast<long>(sizeof(float)), accumulate);
+      }
+      return;
+    }
     in_tiles<kRows>(0, m, [&](auto rows, long r) {
       const Number* first = a + r * lda;
       float* target = c + r * ldc;
@@ -373,7 +444,7 @@ inline float logit_grid(long dim) {
   return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f));
 }
 constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f, kLog2E = 1.44269504f;
-static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
+static_assert(double(Of<Format::kGrid>::kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 
 template <Format kFormat>
 void attention_in(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
@@ -381,16 +452,18 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
                   long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo) {
   using F = Of<kFormat>;
   using Number = typename F::Number;
-  constexpr long inputs = F::kInputs;
+  constexpr long inputs = F::kInputs, kKeys = F::kKeys;
   constexpr bool grid = kFormat == Format::kGrid;
+  // Softmax's weights stay where the logits were, if they are fp32 numbers.
+  constexpr bool in_place = !F::kPaired;
   // Keys are tiled from the beginning of what the sequence continues: its rows are bitwise what they would be in one.
   length += prefix;
   auto key_row = [=](long key) { return key < prefix ? prefix_k + key * ldk : k + (key - prefix) * ldk; };
   auto value_row = [=](long key) { return key < prefix ? prefix_v + key * ldv : v + (key - prefix) * ldv; };
-  const long group = heads / kv_heads, tile_rows = std::max<long>(1, kQueryRows / group),
-             tiles = ceil_div(length, kKeys), width = ceil_div(dim, inputs) * inputs,
-             value_panels = ceil_div(dim, kPanel), key_size = kKeys * width,
-             value_size = kKeys * value_panels * kPanel;
+  const long group = heads / kv_heads, tile_rows = std::max<long>(1, F::kQueryRows / group),
+             tiles = ceil_div(length, kKeys), width = ceil_div(dim, F::kStep) * F::kStep,
+             value_panels = ceil_div(dim, kPanel), value_columns = value_panels * kPanel, key_size = kKeys * width,
+             value_size = kKeys * value_columns;
   const float logits = logit_grid(dim);
 
   // A tile's keys transposed into panels, [panel][input][kPanel]; values as [panel][key][kPanel]; `inputs` together.
@@ -405,18 +478,17 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
     }
   };
   auto pack_values = [=](long head, long tile, Number* target, float* scales) {
-    const long columns = value_panels * kPanel;
-    std::vector<Number> row(inputs * columns);
+    std::vector<Number> row(inputs * value_columns);
     for (long j = 0; j < kKeys; j += inputs) {
       for (long i = 0; i < inputs; ++i) {
         const long key = tile * kKeys + j + i, there = key < length ? dim : 0;
-        scales[j + i] = F::encode(there ? value_row(key) + head * dim : nullptr, there, columns, 1.0f, kValueGrid,
-                                  &row[i * columns]);
+        scales[j + i] = F::encode(there ? value_row(key) + head * dim : nullptr, there, value_columns, 1.0f, kValueGrid,
+                                  &row[i * value_columns]);
       }
       for (long panel = 0; panel < value_panels; ++panel)
         for (long i = 0; i < kPanel; ++i)
           for (long l = 0; l < inputs; ++l)
-            target[(panel * kKeys + j) * kPanel + i * inputs + l] = row[l * columns + panel * kPanel + i];
+            target[(panel * kKeys + j) * kPanel + i * inputs + l] = row[l * value_columns + panel * kPanel + i];
     }
   };
   // Packed once for all row tiles: rows of a long sequence lie pages apart and share a few cache sets. In fp32 half of
@@ -440,9 +512,17 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       const long first = row_tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
       auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
 
-      std::vector<Number> queries(m * width), weights(kFormat == Format::kFp32 ? 0 : m * kKeys);
-      std::vector<float> p(m * kKeys), result(m * value_panels * kPanel), top(m, -INFINITY), total(m, 0.0f),
+      [[maybe_unused]] const std::conditional_t<F::kTiled, TileUnits, int> units{};
+      const long padded = F::padded_rows(m);
+      std::vector<Number> queries(padded * width), own_weights(in_place ? 0 : padded * kKeys);
+      std::vector<float> p(padded * kKeys), result(padded * value_columns), top(m, -INFINITY), totals(m * kLanes),
           query_steps(m), weight_steps(m);
+      Number* weights;
+      if constexpr (in_place) {
+        weights = p.data();
+      } else {
+        weights = own_weights.data();
+      }
       long low = length, high = 0;
       for (long r = 0; r < count; ++r) {
         low = std::min<long>(low, position(r));
@@ -466,10 +546,9 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
           const long begin = window > 0 ? std::clamp<long>(at - window + 1 - key, 0, span) : 0,
                      end = std::clamp<long>(at + 1 - key, begin, span);
           float* row = &p[r * kKeys];
-          Number* weight = kFormat == Format::kFp32 ? nullptr : &weights[r * kKeys];
+          Number* weight = weights + r * kKeys;
           if (begin == end) {
-            std::fill(row, row + kKeys, 0.0f);
-            if constexpr (kFormat != Format::kFp32) std::fill(weight, weight + kKeys, Number{0});
+            std::fill(weight, weight + kKeys, Number{0});
             weight_steps[r] = 0.0f;
             continue;
           }
@@ -480,8 +559,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
             const Vec x = load(row + j);
             most = x > most ? x : most;
           }
-          float next = top[r];
-          for (int j = 0; j < kLanes; ++j) next = std::max(next, most[j]);
+          const float next = std::max(top[r], largest(most));
           Vec sums{};
           if constexpr (grid) {  // logits are in base 2; each weight takes its value's step along
             const float* value_step = value_steps + place * kKeys;
@@ -491,44 +569,36 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
               std::copy(value_step + begin, value_step + end, seen + begin);
               value_step = seen;
             }
-            Vec largest = splat(1e-30f), scaled{};
+            Vec most_scaled = splat(1e-30f), scaled{};
             for (long j = 0; j < kKeys; j += kLanes) {
               const Vec e = exp2_coarse(load(row + j) - next), x = e * load(value_step + j);
               sums += e;
               scaled += x;
-              largest = x > largest ? x : largest;
+              most_scaled = x > most_scaled ? x : most_scaled;
               store(row + j, x);
             }
-            float outermost = sum(scaled) * 0.0f;  // NaN if a weight is
-            for (int j = 0; j < kLanes; ++j) outermost = std::max(outermost, largest[j]);
-            weight_steps[r] = quantize(row, kKeys, outermost, kWeightGrid, 0, weight);
+            const float not_finite = sum(scaled) * 0.0f;  // NaN if a weight is
+            weight_steps[r] = quantize(row, kKeys, largest(most_scaled) + not_finite, kWeightGrid, 0, weight);
           } else {
             for (long j = 0; j < kKeys; j += kLanes) {
-              const Vec e = exp(load(row + j) - next);
+              const Vec x = load(row + j) - next, e = kFormat == Format::kFp32 ? exp(x) : exp2_coarse(x * kLog2E);
               sums += e;
-              store(row + j, e);
+              F::put(weight + j, e);
             }
-            if constexpr (kFormat != Format::kFp32) F::encode(row, kKeys, kKeys, 1.0f, 0.0f, weight);
           }
           const float shrink = grid ? std::exp2(top[r] - next) : std::exp(top[r] - next);
-          total[r] = total[r] * shrink + sum(sums);
+          store(&totals[r * kLanes], load(&totals[r * kLanes]) * shrink + sums);
           if (shrink != 1.0f)
-            for (long i = 0; i < value_panels * kPanel; ++i) result[r * value_panels * kPanel + i] *= shrink;
+            for (long i = 0; i < value_columns; ++i) result[r * value_columns + i] *= shrink;
           top[r] = next;
         }
-        const Number* a;
-        if constexpr (kFormat == Format::kFp32) {
-          a = p.data();
-        } else {
-          a = weights.data();
-        }
         for (long panel = 0; panel < value_panels; ++panel)
-          F::multiply(a, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), nullptr,
-                      result.data() + panel * kPanel, value_panels * kPanel, true);
+          F::multiply(weights, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), nullptr, result.data() + panel * kPanel, value_columns, true);
       }
       for (long r = 0; r < m; ++r) {
         float* target = out + (first + r / group) * ldo + (head * group + r % group) * dim;
-        for (long i = 0; i < dim; ++i) target[i] = result[r * value_panels * kPanel + i] / total[r];
+        const float total = sum(load(&totals[r * kLanes]));
+        for (long i = 0; i < dim; ++i) target[i] = result[r * value_columns + i] / total;
       }
     });
   }
@@ -580,6 +650,7 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
 #define LASTRERANK_STRING_(x) #x
 #define LASTRERANK_STRING(x) LASTRERANK_STRING_(x)
     LASTRERANK_STRING(LASTRERANK_ISA),
+    kTileUnits,
     packed_f32_size,
     packed_bf16_size,
     packed_i8_size,
@@ -590,7 +661,8 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
     pack_i8_guarded,
     unpack_i8,
     guard<linear_f32>(linear_f32),
-    guard<linear_bf16>(linear_bf16),
+    guard<linear_bf16_weight<true>>(linear_bf16_weight<true>),
+    guard<linear_bf16_weight<false>>(linear_bf16_weight<false>),
     guard<linear_i8>(linear_i8),
     guard<add_rms_norm>(add_rms_norm),
     guard<swiglu>(swiglu),

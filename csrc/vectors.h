@@ -42,7 +42,7 @@ typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), aligned(4)));
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
-inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
+constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
 template <typename To, typename From>
 inline To bits(From from) {
@@ -64,10 +64,22 @@ inline uint32_t load_word(const void* p) {
   return pair;
 }
 
+// Lanes in pairs, then pairs in pairs: a chain of all would take longer than what is summed.
+template <typename F>
+LASTRERANK_INLINE float reduced(Vec v, const F& combine) {
+  float lanes[kLanes];
+  store(lanes, v);
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) lanes[i] = combine(lanes[i], lanes[i + width]);
+  return lanes[0];
+}
 inline float sum(Vec v) {
-  float s = 0;
-  for (int i = 0; i < kLanes; ++i) s += v[i];
-  return s;
+  return reduced(v, [](float a, float b) { return a + b; });
+}
+inline float largest(Vec v) {
+  return reduced(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 // exp(x), relative error about 2 ulp for x in [-87, 88]; 0 below. Cephes' range reduction and polynomial.
@@ -89,9 +101,10 @@ LASTRERANK_INLINE Vec exp(Vec x) {
   return underflow ? splat(0.0f) : p * bits<Vec>((n + 127) << 23);
 }
 
-// 2^x for x <= 0, relative error below 3e-6; 2^-126 for all below. Enough for what goes on a grid of 16 bits.
+// 2^x for x <= 0, relative error below 3e-6; 0 below -126. Enough for what becomes a number of 16 bits.
 LASTRERANK_INLINE Vec exp2_coarse(Vec x) {
-  x = x < -126.0f ? splat(-126.0f) : x;
+  const IVec underflow = x < -126.0f;
+  x = underflow ? splat(-126.0f) : x;
   const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer stands in the last bits
   const Vec r = x - (shifted - 12582912.0f);
   Vec p = splat(9.5701e-3f);
@@ -99,7 +112,7 @@ LASTRERANK_INLINE Vec exp2_coarse(Vec x) {
   p = p * r + 2.4024745e-1f;
   p = p * r + 6.9312181e-1f;
   p = p * r + 9.9999926e-1f;
-  return p * bits<Vec>((bits<IVec>(shifted) << 23) + (127 << 23));
+  return underflow ? splat(0.0f) : p * bits<Vec>((bits<IVec>(shifted) << 23) + (127 << 23));
 }
 
 // ---- bf16 ---------------------------------------------------------------------------------------------------------
@@ -112,11 +125,19 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>(x != x ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-// The nearest bf16 number, as a float.
-inline Vec rounded_to_bf16(Vec x) {
-  const UVec u = bits<UVec>(x), rounded = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000u;
-  return x != x ? x : bits<Vec>(rounded);
+// The same of a vector; the units' own rounding takes what is smaller than a normal number for zero.
+typedef uint16_t Bf16Vec __attribute__((vector_size(kLanes * 2), aligned(2)));
+#if defined(__AVX512BF16__)
+inline Bf16Vec to_bf16(Vec x) { return bits<Bf16Vec>(_mm512_cvtneps_pbh((__m512)x)); }
+#else
+inline Bf16Vec to_bf16(Vec x) {
+  const UVec u = bits<UVec>(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  return __builtin_convertvector(x != x ? u >> 16 | 0x40 : rounded, Bf16Vec);
 }
+#endif
+inline Vec widened(Bf16Vec x) { return bits<Vec>(__builtin_convertvector(x, UVec) << 16); }
+inline void store_bf16(uint16_t* p, Vec x) { *reinterpret_cast<Bf16Vec*>(p) = to_bf16(x); }
+inline Vec rounded_to_bf16(Vec x) { return widened(to_bf16(x)); }
 
 // ---- integers -----------------------------------------------------------------------------------------------------
 

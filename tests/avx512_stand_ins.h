@@ -1,11 +1,13 @@
-// AVX-512's instructions that the kernels use, as plain loops by their published definition, so that the code for
-// processors with them runs on one without. Included before everything else (-include); what it proves is the kernels'
+// AVX-512's and AMX's instructions that the kernels use, as plain loops by their published definition, so that the code
+// for processors with them runs on one without. Included before everything else (-include); what it proves is the kernels'
 // use of the instructions, not the compiler's.
 #pragma once
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define __AVX512F__ 1
@@ -15,6 +17,11 @@
 #endif
 #if defined(STAND_IN_BF16)
 #define __AVX512BF16__ 1
+#endif
+#if defined(STAND_IN_AMX)
+#define __AMX_TILE__ 1
+#define __AMX_BF16__ 1
+#define __AMX_INT8__ 1
 #endif
 
 namespace stand_in {
@@ -77,6 +84,75 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
   });
 }
 
+// To nearest, ties to even, what is smaller than a normal number to zero.
+inline __m256bh cvtneps_pbh(__m512 x) {
+  return vector<__m256bh, uint16_t>([&](unsigned i) {
+    const float value = lane<float>(x, i);
+    const uint32_t u = lane<uint32_t>(x, i);
+    if (value != value) return static_cast<uint16_t>(u >> 16 | 0x40);
+    if (std::fpclassify(value) == FP_SUBNORMAL) return static_cast<uint16_t>(u >> 16 & 0x8000);
+    return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  });
+}
+
+// AMX: eight registers a thread, and their shape; without one, or with another than the kernels', nothing is computed.
+struct Tile {
+  alignas(64) char bytes[16][64];
+};
+inline thread_local Tile tiles[8];
+inline thread_local bool shaped = false;
+
+inline Tile& tile(int number) {
+  if (!shaped) std::abort();
+  return tiles[number];
+}
+inline void tile_loadconfig(const void* shape) {
+  const auto* bytes = static_cast<const uint8_t*>(shape);
+  shaped = bytes[0] == 1;
+  for (int i = 0; i < 8; ++i) {
+    uint16_t row_bytes;
+    std::memcpy(&row_bytes, bytes + 16 + 2 * i, sizeof row_bytes);
+    shaped = shaped && row_bytes == 64 && bytes[48 + i] == 16;
+  }
+  std::memset(tiles, 0xff, sizeof tiles);  // NaN, so that what was never loaded shows
+}
+inline void tile_release() { shaped = false; }
+inline void tile_zero(int number) { std::memset(&tile(number), 0, sizeof(Tile)); }
+inline void tile_loadd(int number, const void* from, long stride) {
+  for (int r = 0; r < 16; ++r) std::memcpy(tile(number).bytes[r], static_cast<const char*>(from) + r * stride, 64);
+}
+inline void tile_stored(int number, void* to, long stride) {
+  for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tile(number).bytes[r], 64);
+}
+// Sums of the even and of the odd inputs first, then both, then onto what was there.
+inline void tile_dpbf16ps(int sums, int rows, int columns) {
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float parts[2] = {};
+      for (int k = 0; k < 32; ++k) {
+        uint16_t a, b;
+        std::memcpy(&a, tile(rows).bytes[m] + 2 * k, 2);
+        std::memcpy(&b, tile(columns).bytes[k / 2] + 4 * n + 2 * (k % 2), 2);
+        parts[k % 2] = std::fma(widened(a), widened(b), parts[k % 2]);
+      }
+      float sum;
+      std::memcpy(&sum, tile(sums).bytes[m] + 4 * n, 4);
+      sum += parts[0] + parts[1];
+      std::memcpy(tile(sums).bytes[m] + 4 * n, &sum, 4);
+    }
+}
+inline void tile_dpbusd(int sums, int rows, int columns) {
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n) {
+      int32_t sum;
+      std::memcpy(&sum, tile(sums).bytes[m] + 4 * n, 4);
+      for (int k = 0; k < 64; ++k)
+        sum += static_cast<uint8_t>(tile(rows).bytes[m][k]) *
+               static_cast<int8_t>(tile(columns).bytes[k / 4][4 * n + k % 4]);
+      std::memcpy(tile(sums).bytes[m] + 4 * n, &sum, 4);
+    }
+}
+
 }  // namespace stand_in
 
 #define _mm512_set1_epi32 stand_in::set1_epi32
@@ -87,3 +163,18 @@ inline __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_dpwssd_epi32 stand_in::dpwssd_epi32
 #define _mm512_dpbusd_epi32 stand_in::dpbusd_epi32
 #define _mm512_dpbf16_ps stand_in::dpbf16_ps
+#define _mm512_cvtneps_pbh stand_in::cvtneps_pbh
+#undef _tile_loadconfig
+#define _tile_loadconfig stand_in::tile_loadconfig
+#undef _tile_release
+#define _tile_release stand_in::tile_release
+#undef _tile_zero
+#define _tile_zero stand_in::tile_zero
+#undef _tile_loadd
+#define _tile_loadd stand_in::tile_loadd
+#undef _tile_stored
+#define _tile_stored stand_in::tile_stored
+#undef _tile_dpbf16ps
+#define _tile_dpbf16ps stand_in::tile_dpbf16ps
+#undef _tile_dpbusd
+#define _tile_dpbusd stand_in::tile_dpbusd

@@ -1,6 +1,9 @@
 // Every CPU kernel on odd shapes in exactly sized heap buffers, against literal loops, from several threads at once and
 // in a forked child. Built by test_native.py with the address, undefined-behaviour and thread sanitizers.
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -80,16 +83,23 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   k.pack_bf16(w.data, false, n, d, packed16.data());
   k.unpack_bf16(packed16.data(), n, d, back.data);
   k.linear_bf16(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, out.data, n + pad);
-  bool same_bf16 = true, right_bf16 = true;
+  Buffer whole(m * n);
+  k.linear_widened(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, whole.data, n);
+  bool same_bf16 = true, right_bf16 = true, right_widened = true;
   for (long i = 0; i < n * d; ++i) same_bf16 &= back.data[i] == rounded(w.data[i]);
   for (long i = 0; i < m; ++i)
     for (long j = 0; j < n; ++j) {
-      double s = bias.data[j];
-      for (long l = 0; l < d; ++l) s += double(rounded(x.data[i * (d + pad) + l])) * rounded(w.data[j * d + l]);
+      double s = bias.data[j], t = s;
+      for (long l = 0; l < d; ++l) {
+        s += double(rounded(x.data[i * (d + pad) + l])) * rounded(w.data[j * d + l]);
+        t += double(x.data[i * (d + pad) + l]) * rounded(w.data[j * d + l]);
+      }
       right_bf16 &= close(out.data[i * (n + pad) + j], s, 1e-4);
+      right_widened &= close(whole.data[i * n + j], t, 1e-4);
     }
   expect(same_bf16, "unpack_bf16", k.name);
   expect(right_bf16, "linear_bf16", k.name);
+  expect(right_widened, "linear_widened", k.name);
   std::vector<int8_t> packed8(k.packed_i8_size(n, d));
   std::vector<float> scales(n);
   std::vector<int32_t> sums(n);
@@ -194,6 +204,9 @@ void all(unsigned seed, int rounds, int threads) {
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 5;
+#if defined(__x86_64__) && defined(__linux__)
+  syscall(SYS_arch_prctl, 0x1023, 18);  // as api.cpp asks for AMX, where kernels for it are linked
+#endif
   all(1, rounds, 3);
   std::vector<std::thread> callers;
   for (unsigned i = 0; i < 3; ++i) callers.emplace_back([=] { all(10 + i, rounds, 2); });

@@ -12,8 +12,8 @@ fp32 activations between operations, and one of three precisions of what is mult
 
 What the kernels don't do better than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
 
-`LASTRERANK_ISA` forces an instruction set for tests and measurements: portable, avx2, avx512, avx512vnni or avx512bf16,
-on Arm portable, dotprod or armbf16.
+`LASTRERANK_ISA` forces an instruction set for tests and measurements: portable, avx2, avx512, avx512vnni, avx512bf16 or
+amx, on Arm portable, dotprod or armbf16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 6
+_VERSION = 7
 # What attention multiplies (Precision of kernels.h), by the dtype that was asked for.
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
@@ -52,6 +52,7 @@ class _Kernels(ctypes.Structure):
 
     _fields_ = (
         ("name", ctypes.c_char_p),
+        ("widened_is_faster", ctypes.c_bool),
         ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_bf16_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_i8_size", ctypes.CFUNCTYPE(_L, _L, _L)),
@@ -63,6 +64,7 @@ class _Kernels(ctypes.Structure):
         ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
         ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
         ("linear_bf16", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
+        ("linear_widened", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
         ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _P, _L)),
         ("add_rms_norm", ctypes.CFUNCTYPE(_I, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
         ("swiglu", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L)),
@@ -228,26 +230,33 @@ class NativeOperations(ReferenceOperations):
 
 
 class PackedWeight:
-    """A weight in fp32 or bf16, packed into panels for the kernels of one instruction set; bf16 is read directly."""
+    """A weight in fp32 or bf16, packed into panels for the kernels of one instruction set; bf16 is read directly.
+
+    Where the processor multiplies bf16 much faster (AMX), a weight in fp32 all of whose numbers are bf16 ones, as those
+    of published checkpoints are, is stored as such: the result is as exact.
+    """
 
     def __init__(self, weight: torch.Tensor, kernels: Any, dtype: torch.dtype = torch.float32) -> None:
         check_weight(weight)
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
-        suffix = "f32" if dtype == torch.float32 else "bf16"
-        self._linear, self._unpack = (getattr(kernels, f"{name}_{suffix}") for name in ("linear", "unpack"))
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
-        self._packed = _empty(getattr(kernels, f"packed_{suffix}_size")(*weight.shape), dtype=dtype)
+        widened = dtype == torch.float32 and kernels.widened_is_faster and _is_bfloat16(source)
+        self._stored = torch.bfloat16 if widened else dtype
+        suffix = "f32" if self._stored == torch.float32 else "bf16"
+        self._linear = kernels.linear_widened if widened else getattr(kernels, f"linear_{suffix}")
+        self._unpack = getattr(kernels, f"unpack_{suffix}")
+        self._packed = _empty(getattr(kernels, f"packed_{suffix}_size")(*weight.shape), dtype=self._stored)
         getattr(kernels, f"pack_{suffix}")(
             _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape,
-            _pointer(self._packed, dtype),
+            _pointer(self._packed, self._stored),
         )  # fmt: skip
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
         check_linear(x, self.out_features, self.in_features, bias, out)
         out = _empty(len(x), self.out_features) if out is None else out
         _done(self._linear(
-            num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed, self.dtype), self.out_features,
+            num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed, self._stored), self.out_features,
             _pointer(bias), _pointer(out), out.stride(0),
         ))  # fmt: skip
         return out
@@ -255,7 +264,7 @@ class PackedWeight:
     def unpack(self) -> torch.Tensor:
         """In fp32; a weight that was packed in bf16 is rounded to it."""
         weight = _empty(self.out_features, self.in_features)
-        self._unpack(_pointer(self._packed, self.dtype), *weight.shape, _pointer(weight))
+        self._unpack(_pointer(self._packed, self._stored), *weight.shape, _pointer(weight))
         return weight
 
 
@@ -306,6 +315,13 @@ class Int8Weight:
             *weight.shape, _pointer(weight),
         )  # fmt: skip
         return weight
+
+
+def _is_bfloat16(weight: torch.Tensor) -> bool:
+    """Whether every number of a weight is one of bf16."""
+    return weight.dtype == torch.bfloat16 or all(
+        torch.equal(part.to(torch.bfloat16).float(), part) for part in weight.split(1024)
+    )
 
 
 def _done(code: int) -> None:
