@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
     try:
         info = Path("/proc/cpuinfo").read_text()
         cpu = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
-        known = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+        known = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
         listed = next(line for line in info.splitlines() if line.startswith("flags")).split()
         flags = [flag for flag in known if flag in listed]
     except (OSError, StopIteration):

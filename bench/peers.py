@@ -126,11 +126,13 @@ class OpenVino(Peer):
     """fp32, latency hint."""
 
     file = "openvino.xml"
+    precision: str | None = "f32"  # None: OpenVINO's own choice
 
     def convert(self, folder: Path) -> None:
         import openvino
 
-        if not (folder / self.file).exists():
+        path = folder / OpenVino.file
+        if not path.exists():
             width, head_dim = self.config["hidden_size"], self.config["head_dim"]
             decoder = PlainDecoder(self.config, self.state(folder))
             with torch.inference_mode():
@@ -138,20 +140,46 @@ class OpenVino(Peer):
                     decoder, example_input=self.example(),
                     input=[openvino.PartialShape([-1, size]) for size in (width, head_dim, head_dim)],
                 )  # fmt: skip
-            openvino.save_model(model, folder / self.file, compress_to_fp16=False)
+            openvino.save_model(model, path, compress_to_fp16=False)
 
     def load(self, path: Path) -> None:
         import openvino
 
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
+        if self.precision is not None:
+            settings["INFERENCE_PRECISION_HINT"] = self.precision
         self.compiled = openvino.compile_model(path, "CPU", settings)
+        found = self.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if self.precision not in (None, found):
+            raise ImportError(f"OpenVINO computes in {found} here")
 
     def run(self, embeddings: np.ndarray) -> np.ndarray:
         return self.compiled([embeddings, *self.rotary(len(embeddings))])[0]
+
+
+class OpenVinoBfloat16(OpenVino):
+    """bf16, which OpenVINO takes by itself where the processor multiplies it."""
+
+    precision = "bf16"
+
+
+class OpenVinoInt8(OpenVino):
+    """Weights in int8 by NNCF, one scale an output; whatever OpenVINO makes of them here."""
+
+    file = "openvino-int8.xml"
+    precision = None
+
+    def convert(self, folder: Path) -> None:
+        import nncf
+        import openvino
+
+        super().convert(folder)
+        if not (folder / self.file).exists():
+            model = openvino.Core().read_model(folder / OpenVino.file)
+            openvino.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM), folder / self.file)
 
 
 class OnnxRuntime(Peer):

@@ -1,7 +1,7 @@
 """Where a pass of the native backend spends its time, by operation; `python -m bench.profile_cpu`.
 
-Seconds of each operation in whole passes, how many GFLOP/s the products reach, and the processor's fp32 peak to judge
-them by: fused multiply-adds that never leave the registers (`peak.cpp`, compiled here; left out without a compiler).
+Seconds of each operation in whole passes, how many GFLOP/s the products reach, and the processor's peaks to judge them
+by: products that never leave the registers (`peak.cpp`, compiled here; left out without a compiler).
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from lastrerank.ops.native import Int8Weight, NativeOperations, PackedWeight
 from lastrerank.random_checkpoint import write_random_checkpoint
 
 
-def peak_gflops(threads: int) -> float | None:
-    """GFLOP/s of fp32 fused multiply-adds on `threads` threads, or None without a compiler."""
+def peaks(threads: int) -> dict[str, float]:
+    """Billions of operations a second on `threads` threads, by dtype; those that the processor has units for, none
+    without a compiler."""
     source = Path(__file__).parent / "peak.cpp"
     with tempfile.TemporaryDirectory() as folder:
         program = str(Path(folder) / "peak")
         try:
             subprocess.run(["g++", "-O2", "-march=native", str(source), "-pthread", "-o", program], check=True)
         except (OSError, subprocess.CalledProcessError) as reason:
-            log(f"no peak: {reason}")
-            return None
-        return float(subprocess.run([program, str(threads)], stdout=subprocess.PIPE, text=True, check=True).stdout)
+            log(f"no peaks: {reason}")
+            return {}
+        lines = subprocess.run([program, str(threads)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return {name: float(rate) for name, rate in (line.split() for line in lines.splitlines())}
 
 
 def linear_flops(weight: Any, x: torch.Tensor, *_: Any) -> int:
@@ -56,8 +58,8 @@ class Stopwatch:
     """
 
     METHODS = (
-        (PackedWeight, "matmul", "linears", linear_flops),
-        (Int8Weight, "matmul", "linears", linear_flops),
+        (PackedWeight, "multiply", "linears", linear_flops),  # with SwiGLU, where that is computed in one
+        (Int8Weight, "multiply", "linears", linear_flops),
         (NativeOperations, "attention", "attention", call_flops),
         (NativeOperations, "rms_norm", "rms_norm", None),
         (NativeOperations, "add_rms_norm", "add_rms_norm", None),
@@ -102,8 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", default="profile_cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    peak = peak_gflops(options.threads)
-    rows: list[dict[str, Any]] = [{"operation": "peak", "gflops": peak}] if peak else []
+    rows: list[dict[str, Any]] = [
+        {"operation": "peak", "dtype": dtype, "gflops": rate} for dtype, rate in peaks(options.threads).items()
+    ]
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(folder, options.shape)
         for dtype in ("float32", "bfloat16", "int8"):

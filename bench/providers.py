@@ -123,6 +123,8 @@ PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "transformers-sdpa-bfloat16": transformers("sdpa", torch.bfloat16),
     "sentence-transformers-float32": cross_encoder,
     "openvino-float32": peer("OpenVino"),
+    "openvino-bfloat16": peer("OpenVinoBfloat16"),
+    "openvino-int8": peer("OpenVinoInt8"),
     "onnxruntime-float32": peer("OnnxRuntime"),
     "onnxruntime-int8": peer("OnnxRuntimeInt8"),
     "llama.cpp-f16": peer("LlamaCppF16"),

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <memory>
-#include <new>
 
 #include "tiles.h"
 
@@ -14,94 +13,100 @@ namespace lastrerank {
 namespace {
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
-constexpr bool kTileUnits = true;
+constexpr bool kAmx = true;
 #else
-constexpr bool kTileUnits = false;
+constexpr bool kAmx = false;
 #endif
 
 constexpr long kStepWords = 16, kStepBytes = 4 * kStepWords, kTileRows = 16, kTileBytes = kTileRows * kStepBytes;
 constexpr long kPairRows = 2 * kTileRows;  // what one product takes
 
 // A column's words in a packed panel.
-constexpr long padded_words(long words) { return kTileUnits ? ceil_div(words, kStepWords) * kStepWords : words; }
+constexpr long padded_words(long words) { return kAmx ? ceil_div(words, kStepWords) * kStepWords : words; }
 
 // bf16 numbers that make one of fp32: three times eight bits of significand, each of what the one before left.
-constexpr int kWhole = 3;
+constexpr int kPartsOfFp32 = 3;
 
-// n numbers, times a factor, as kParts bf16 numbers each: rounded to nearest, ties to even, then what that left, and so on; three parts
-// are the number itself (NaN where it is not finite). Steps of 32 numbers, the last filled up with zeros, are `step`
-// bytes apart, parts `part`.
+// n numbers as kParts bf16 numbers each, in steps of registers: rounded to nearest, ties to even, then what that left,
+// and so on, in the registers that follow. Three parts are the number itself, from 2^-110 (below, bits are lost) to 3.39e38
+// (what rounds to an infinity and what is one becomes NaN in a product).
 template <int kParts>
-inline void split(const float* x, long n, float factor, char* out, long step, long part) {
+inline void split(const float* x, long n, char* row) {
   constexpr long numbers = 2 * kStepWords;
-  for (long i = 0; i < n; i += numbers, out += step) {
+  for (long i = 0; i < n; i += numbers, row += kParts * kTileBytes) {
     float last[numbers] = {};
     const float* from = x + i;
     if (n - i < numbers) from = static_cast<const float*>(std::memcpy(last, from, (n - i) * sizeof(float)));
     for (long j = 0; j < numbers; j += kLanes) {
-      Vec rest = load(from + j) * factor;
+      Vec rest = load(from + j);
 #pragma GCC unroll 3
       for (int p = 0; p < kParts; ++p) {
         const Bf16Vec nearest = to_bf16(rest);
-        std::memcpy(out + p * part + 2 * j, &nearest, sizeof nearest);
+        std::memcpy(row + p * kTileBytes + 2 * j, &nearest, sizeof nearest);
         rest -= widened(nearest);
       }
     }
   }
 }
 
-// Where 16 rows begin, and how many bytes lie between rows, the next 16 of them, steps and parts.
-struct TileRows {
+// Rows as a product reads them: where 16 of them begin, and the bytes between rows, to the next 16, to a step's next
+// register and to the next part.
+struct RowView {
   const char* data;
-  long row, tile, step, part;
+  long row, next, step, part;
 };
 
-// Rows for products, as whole registers: of every 16 rows `steps` times `parts` of them. Zeros until written.
-struct TiledRows {
-  TiledRows(long rows, long steps, long parts)
-      : tile(steps * parts * kTileBytes), parts(parts),
-        storage(new (std::align_val_t(kStepBytes)) char[ceil_div(rows, kTileRows) * tile]()) {}
-  char* row(long r) const { return storage.get() + r / kTileRows * tile + r % kTileRows * kStepBytes; }
-  TileRows at(long r) const {
-    return {storage.get() + r / kTileRows * tile, kStepBytes, tile, parts * kTileBytes, kTileBytes};
+// Rows as whole registers, of every 16 rows `steps` times `parts`; rows that fill up the last 16 are zeros.
+struct RowStorage {
+  RowStorage(long rows, long steps, long parts)
+      : next(steps * parts * kTileBytes), step(parts * kTileBytes),
+        storage(new char[ceil_div(rows, kTileRows) * next + kStepBytes]) {
+    char* start = storage.get();
+    first = start + (-reinterpret_cast<uintptr_t>(start) & (kStepBytes - 1));
+    if (rows % kTileRows != 0) std::memset(first + rows / kTileRows * next, 0, next);
   }
-  // Rows of a block, of which there are `rows` in all: at most about three quarters of a megabyte, so that it stays in L2
+  char* row(long r) const { return first + r / kTileRows * next + r % kTileRows * kStepBytes; }
+  RowView at(long r) const { return {first + r / kTileRows * next, kStepBytes, next, step, kTileBytes}; }
+  // Rows of a block, of which there are `rows` in all: at most three quarters of a megabyte or so, which stay in L2
   // over the panels that pass by.
   long block_rows(long rows) const {
-    const long most = std::max(1l, (3l << 18) / (2 * tile)) * kPairRows, blocks = std::max(1l, ceil_div(rows, most));
-    return ceil_div(ceil_div(rows, blocks), kPairRows) * kPairRows;
+    const long most = std::max(1l, (3l << 18) / (2 * next)) * kPairRows, all = std::max(1l, rows);
+    return ceil_div(ceil_div(all, ceil_div(all, most)), kPairRows) * kPairRows;
   }
 
-  struct Free {
-    void operator()(char* p) const { operator delete[](p, std::align_val_t(kStepBytes)); }
-  };
-  long tile, parts;
-  std::unique_ptr<char[], Free> storage;
+  long next, step;
+  std::unique_ptr<char[]> storage;
+  char* first;
 };
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
-// The registers of this thread, all of them whole, for as long as this lives; others' code shapes them as it likes.
-struct TileUnits {
-  TileUnits() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shape;
+// All registers whole.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  TileConfiguration() {
     for (int i = 0; i < 8; ++i) {
-      shape.row_bytes[i] = kStepBytes;
-      shape.rows[i] = kTileRows;
+      row_bytes[i] = kStepBytes;
+      rows[i] = kTileRows;
     }
-    _tile_loadconfig(&shape);
   }
-  ~TileUnits() { _tile_release(); }
+};
+const TileConfiguration kWholeTiles;
+
+// This thread's registers as the products here want them, for as long as it lives: others' code has them otherwise.
+struct TileShape {
+  TileShape() { _tile_loadconfig(&kWholeTiles); }
+  ~TileShape() { _tile_release(); }
 };
 
 // c[16 kTiles, kPanel] (+)= a @ panel, in fp32 of bf16 numbers or in integers of 8 bits (a unsigned, the panel signed).
-// Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns.
+// Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns. ahead: bytes from this panel to the one that is fetched
+// meanwhile, 0 for none: weights come from memory, too late for a product that waits for them.
 template <bool kIntegers, int kTiles, int kParts>
-LASTRERANK_TILE void tile_units(TileRows a, const char* panel, long steps, void* c, long ldc, bool accumulate) {
+LASTRERANK_TILE void multiply_tiles(RowView a, const char* panel, long steps, void* c, long ldc, bool accumulate,
+                                    long ahead) {
   char *upper = static_cast<char*>(c), *lower = upper + kTileRows * ldc;
   if (accumulate) {
     _tile_loadd(0, upper, ldc);
@@ -118,11 +123,13 @@ LASTRERANK_TILE void tile_units(TileRows a, const char* panel, long steps, void*
   }
   for (long s = 0; s < steps; ++s) {
     const char *rows = a.data + s * a.step, *columns = panel + s * 2 * kTileBytes;
+    if (ahead != 0)
+      for (long i = 0; i < 2 * kTileBytes; i += 64) __builtin_prefetch(columns + ahead + i, 0, 2);
     _tile_loadd(6, columns, 2 * kStepBytes);
     _tile_loadd(7, columns + kStepBytes, 2 * kStepBytes);
     for (int i = 0; i < kParts; ++i) {
       _tile_loadd(4, rows + i * a.part, a.row);
-      if constexpr (kTiles == 2) _tile_loadd(5, rows + i * a.part + a.tile, a.row);
+      if constexpr (kTiles == 2) _tile_loadd(5, rows + i * a.part + a.next, a.row);
       if constexpr (kIntegers) {
         _tile_dpbusd(0, 4, 6);
         _tile_dpbusd(1, 4, 7);
@@ -150,33 +157,35 @@ LASTRERANK_TILE void tile_units(TileRows a, const char* panel, long steps, void*
 
 #else
 
-struct TileUnits {};
+struct TileShape {};
 
 template <bool, int, int>
-void tile_units(TileRows, const char*, long, void*, long, bool) {}
+void multiply_tiles(RowView, const char*, long, void*, long, bool, long) {}
 
 #endif
 
 // c[rows, columns] = a @ panel, for rows up to kPairRows.
 template <int kParts>
-inline void product_bf16(TileRows a, long rows, const void* panel, long steps, float* c, long ldc, long columns) {
-  const auto product = rows > kTileRows ? tile_units<false, 2, kParts> : tile_units<false, 1, kParts>;
+inline void product_bf16(RowView a, long rows, const void* panel, long steps, float* c, long ldc, long columns,
+                         long ahead) {
+  const auto product = rows > kTileRows ? multiply_tiles<false, 2, kParts> : multiply_tiles<false, 1, kParts>;
   const char* packed = static_cast<const char*>(panel);
   if (columns == kPanel && rows % kTileRows == 0) {
-    product(a, packed, steps, c, ldc * sizeof(float), false);
+    product(a, packed, steps, c, ldc * sizeof(float), false, ahead);
     return;
   }
   float whole[kPairRows][kPanel];
-  product(a, packed, steps, whole, sizeof whole[0], false);
+  product(a, packed, steps, whole, sizeof whole[0], false, ahead);
   for (long r = 0; r < rows; ++r) std::memcpy(c + r * ldc, whole[r], columns * sizeof(float));
 }
 
 // The same of integers around kZero, as `tile_i8`.
-inline void product_i8(TileRows a, long rows, const float* row_scales, const void* panel, long steps,
-                       const float* scales, const int32_t* sums, const float* bias, float* c, long ldc, long columns) {
+inline void product_i8(RowView a, long rows, const float* row_scales, const void* panel, long steps,
+                       const float* scales, const int32_t* sums, const float* bias, float* c, long ldc, long columns,
+                       long ahead) {
   int32_t whole[kPairRows][kPanel];
-  const auto product = rows > kTileRows ? tile_units<true, 2, 1> : tile_units<true, 1, 1>;
-  product(a, static_cast<const char*>(panel), steps, whole, sizeof whole[0], false);
+  const auto product = rows > kTileRows ? multiply_tiles<true, 2, 1> : multiply_tiles<true, 1, 1>;
+  product(a, static_cast<const char*>(panel), steps, whole, sizeof whole[0], false, ahead);
   float own_scales[kPanel] = {}, shift[kPanel] = {};
   int32_t zeros[kPanel] = {};
   for (long j = 0; j < columns; ++j) {

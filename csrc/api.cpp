@@ -46,8 +46,8 @@ bool has_bf16() { return false; }
 #endif
 
 #if defined(LASTRERANK_AMX)
-// Whether the processor has AMX with bf16 and 8 bits, and Linux lets this process use it: it is asked once, since its
-// state makes every thread's larger.
+// Whether the processor has AMX with bf16 and 8 bits, and Linux lets this process use it: it wants to be asked, since a
+// signal's frame is larger with the registers in it.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned wanted = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
@@ -89,7 +89,7 @@ const Kernels* const* available() {
 }  // namespace
 
 // Raised whenever a signature changes; the Python side refuses a library of another version.
-LASTRERANK_EXPORT int lastrerank_version() { return 7; }
+LASTRERANK_EXPORT int lastrerank_version() { return 8; }
 
 // The kernels of instruction set number i, best first, or null.
 LASTRERANK_EXPORT const Kernels* lastrerank_kernels(int i) {

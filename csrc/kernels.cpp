@@ -47,6 +47,8 @@ void unpack_f32(const float* packed, long n, long k, float* weight) {
 
 // Blocks: a panel's slice of kDepth stays in L1 over a block of kBlockRows rows of x, which stays in L2.
 constexpr long kDepth = 256, kBlockRows = 20 * kRows, kBlockPanels = 16;
+// Panels of gates at a time, and as many of what they gate: both products of a block stay in L2, too.
+constexpr long kGatedPanels = 4;
 
 // m rows as tiles of kRows rows interleaved, so that a tile is read from end to end: widths are multiples of 4 KiB, and
 // rows side by side would share a few cache sets. write(row, tile, r) puts a row at place r of its tile of `size`.
@@ -61,35 +63,67 @@ std::unique_ptr<T[]> interleaved(int threads, long m, long size, const Write& wr
   return tiles;
 }
 
-// block(first row, last row, first panel, last panel) for all blocks of a product, then the bias.
+// out = silu(gate) * up
+inline void gate_by(const float* gate, const float* up, long width, float* out) {
+  long i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const Vec g = load(gate + i);
+    store(out + i, g / (1.0f + exp(-g)) * load(up + i));
+  }
+  for (; i < width; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+// Where a product goes: out[m, n] (+ bias[n] unless null), or with `gated`, where the first half of the n columns are
+// gates of the second, silu(gate) * up, [m, n / 2]; halves are whole panels then.
+struct Target {
+  long n;
+  const float* bias;
+  bool gated;
+  float* out;
+  long ldo;
+};
+
+// block(first row, last row, first panel, last panel, c, ldc) for all blocks of a product; c is of the block alone.
 template <typename Block>
-void in_blocks(int threads, long m, long n, long block_rows, const float* bias, float* out, long ldo,
-               const Block& block) {
-  const long panels = ceil_div(n, kPanel), row_blocks = ceil_div(m, block_rows),
-             column_blocks = ceil_div(panels, kBlockPanels);
+void in_blocks(int threads, long m, Target to, long block_rows, const Block& block) {
+  const long panels = to.gated ? to.n / kPanel / 2 : ceil_div(to.n, kPanel),
+             step = to.gated ? kGatedPanels : kBlockPanels, row_blocks = ceil_div(m, block_rows),
+             column_blocks = ceil_div(panels, step);
   parallel_for(threads, row_blocks * column_blocks, [=](long task) {
     const long row = task / column_blocks * block_rows, end = std::min(row + block_rows, m);
-    const long first = task % column_blocks * kBlockPanels, last = std::min(first + kBlockPanels, panels);
-    block(row, end, first, last);
-    if (bias != nullptr)
-      for (long r = row; r < end; ++r)
-        for (long j = first * kPanel; j < std::min(last * kPanel, n); ++j) out[r * ldo + j] += bias[j];
+    const long first = task % column_blocks * step, last = std::min(first + step, panels);
+    const long width = (last - first) * kPanel;
+    float* c = to.out + row * to.ldo + first * kPanel;
+    if (to.gated) {  // what doesn't leave the processor's cache needn't be read again from memory
+      std::unique_ptr<float[]> gate(new float[2 * (end - row) * width]);
+      float* up = gate.get() + (end - row) * width;
+      block(row, end, first, last, gate.get(), width);
+      block(row, end, first + panels, last + panels, up, width);
+      for (long r = 0; r < end - row; ++r) gate_by(gate.get() + r * width, up + r * width, width, c + r * to.ldo);
+      return;
+    }
+    block(row, end, first, last, c, to.ldo);
+    if (to.bias != nullptr)
+      for (long r = 0; r < end - row; ++r)
+        for (long j = 0; j < std::min(width, to.n - first * kPanel); ++j)
+          c[r * to.ldo + j] += to.bias[first * kPanel + j];
   });
 }
 
 void linear_f32(int threads, const float* x, long ldx, long m, long k, const float* packed, long n, const float* bias,
-                float* out, long ldo) {
+                bool gated, float* out, long ldo) {
   const auto storage = interleaved<float>(threads, m, kRows * k, [=](long row, float* tile, long r) {
     for (long i = 0; i < k; ++i) tile[i * kRows + r] = x[row * ldx + i];
   });
   const float* tiles = storage.get();
-  in_blocks(threads, m, n, kBlockRows, bias, out, ldo, [=](long row, long end, long first, long last) {
+  const Target to{n, bias, gated, out, ldo};
+  in_blocks(threads, m, to, kBlockRows, [=](long row, long end, long first, long last, float* c, long ldc) {
     for (long depth = 0; depth < k; depth += kDepth) {
       const long span = std::min(kDepth, k - depth);
       for (long p = first; p < last; ++p)
         in_tiles<kRows>(row, end, [&](auto rows, long r) {
           tile_f32<rows.value, true>(tiles + r * k + depth * kRows, k, packed + (p * k + depth) * kPanel, span,
-                                     out + r * ldo + p * kPanel, ldo, depth > 0,
+                                     c + (r - row) * ldc + (p - first) * kPanel, ldc, depth > 0,
                                      std::min<long>(kPanel, n - p * kPanel));
         });
     }
@@ -119,23 +153,25 @@ void unpack_bf16(const uint16_t* packed, long n, long k, float* weight) {
           bf16(packed[((column / kPanel * pairs + i / 2) * kPanel + column % kPanel) * 2 + i % 2]);
 }
 
-// Products with a weight in bf16, of x in as many bf16 numbers each as AMX multiplies: one rounds it, kWhole don't.
+// Products with a weight in bf16, of x in as many bf16 numbers each as AMX multiplies: one rounds it, three don't.
 template <int kParts>
-void linear_by_tile_units(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
-                          const float* bias, float* out, long ldo) {
+void linear_by_tiles(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, Target to) {
   const long pairs = bf16_pairs(k), steps = pairs / kStepWords;
-  const TiledRows tiled(m, steps, kParts);
-  const TiledRows* rows = &tiled;
+  const RowStorage tiled(m, steps, kParts);
+  const RowStorage* rows = &tiled;
   parallel_for(threads, ceil_div(m, kTileRows), [=](long task) {
     for (long r = task * kTileRows; r < std::min(m, (task + 1) * kTileRows); ++r)
-      split<kParts>(x + r * ldx, k, 1.0f, rows->row(r), kParts * kTileBytes, kTileBytes);
+      split<kParts>(x + r * ldx, k, rows->row(r));
   });
-  in_blocks(threads, m, n, tiled.block_rows(m), bias, out, ldo, [=](long row, long end, long first, long last) {
-    [[maybe_unused]] const TileUnits units;
+  const long block_rows = tiled.block_rows(m);
+  in_blocks(threads, m, to, block_rows, [=](long row, long end, long first, long last, float* c, long ldc) {
+    [[maybe_unused]] const TileShape shape;
     for (long p = first; p < last; ++p)
       for (long r = row; r < end; r += kPairRows)
         product_bf16<kParts>(rows->at(r), std::min(kPairRows, end - r), packed + p * pairs * 2 * kPanel, steps,
-                             out + r * ldo + p * kPanel, ldo, std::min<long>(kPanel, n - p * kPanel));
+                             c + (r - row) * ldc + (p - first) * kPanel, ldc,
+                             std::min<long>(kPanel, to.n - p * kPanel),
+                             r == row && p + 1 < last ? steps * 2 * kTileBytes : 0);
   });
 }
 
@@ -143,9 +179,10 @@ void linear_by_tile_units(int threads, const float* x, long ldx, long m, long k,
 // rounded to bf16 first.
 template <bool kRounded>
 void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
-                        const float* bias, float* out, long ldo) {
-  if constexpr (kTileUnits) {
-    linear_by_tile_units<kRounded ? 1 : kWhole>(threads, x, ldx, m, k, packed, n, bias, out, ldo);
+                        const float* bias, bool gated, float* out, long ldo) {
+  const Target to{n, bias, gated, out, ldo};
+  if constexpr (kAmx) {
+    linear_by_tiles<kRounded ? 1 : kPartsOfFp32>(threads, x, ldx, m, k, packed, to);
     return;
   }
   constexpr bool in_pairs = kBf16Units && kRounded;
@@ -163,19 +200,19 @@ void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, c
     }
   });
   const Input* tiles = storage.get();
-  in_blocks(threads, m, n, kBlockRows, bias, out, ldo, [=](long row, long end, long first, long last) {
+  in_blocks(threads, m, to, kBlockRows, [=](long row, long end, long first, long last, float* c, long ldc) {
     for (long depth = 0; depth < pairs; depth += depth_pairs) {
       const long span = std::min(depth_pairs, pairs - depth);
       for (long p = first; p < last; ++p)
         in_tiles<kRows>(row, end, [&](auto rows, long r) {
           const Input* a = tiles + r / kRows * size + depth * 2 * kRows;
           const uint16_t* panel = packed + (p * pairs + depth) * 2 * kPanel;
-          float* c = out + r * ldo + p * kPanel;
+          float* target = c + (r - row) * ldc + (p - first) * kPanel;
           const long columns = std::min<long>(kPanel, n - p * kPanel);
           if constexpr (in_pairs) {
-            tile_bf16<rows.value, true>(a, 0, panel, span, c, ldo, depth > 0, columns);
+            tile_bf16<rows.value, true>(a, 0, panel, span, target, ldc, depth > 0, columns);
           } else {
-            tile_widened<rows.value>(a, panel, span, c, ldo, depth > 0, columns);
+            tile_widened<rows.value>(a, panel, span, target, ldc, depth > 0, columns);
           }
         });
     }
@@ -244,41 +281,44 @@ void unpack_i8(const int8_t* packed, const float* scales, const Outlier* outlier
 constexpr int kRowsI8 = kLanes == 8 ? 4 : kRows;  // leaves registers for the products
 
 void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-               const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
-               long ldo) {
+               const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, bool gated,
+               float* out, long ldo) {
   const long groups = i8_groups(k), width = groups * 4, steps = groups / kStepWords;
   // x in rows of `width`, or as AMX's registers.
-  const TiledRows tiled(kTileUnits ? m : 0, steps, 1);
-  std::unique_ptr<uint8_t[]> quantized(new uint8_t[kTileUnits ? 0 : m * width]);
+  const RowStorage tiled(kAmx ? m : 0, steps, 1);
+  std::unique_ptr<uint8_t[]> quantized(new uint8_t[kAmx ? 0 : m * width]);
   std::unique_ptr<float[]> row_scales(new float[m]);
-  const TiledRows* rows = &tiled;
+  const RowStorage* rows = &tiled;
   uint8_t* q = quantized.get();
   float* rs = row_scales.get();
   parallel_for(threads, ceil_div(m, 16), [=](long task) {
-    std::vector<uint8_t> own(kTileUnits ? width : 0);
+    std::vector<uint8_t> own(kAmx ? width : 0);
     for (long r = task * 16; r < std::min(m, task * 16 + 16); ++r) {
-      uint8_t* row = kTileUnits ? own.data() : q + r * width;
+      uint8_t* row = kAmx ? own.data() : q + r * width;
       rs[r] = quantize(x + r * ldx, k, magnitude(x + r * ldx, k), 127.0f, kZero, row);
       std::memset(row + k, kZero, width - k);  // meets zero weights
-      if constexpr (kTileUnits)
+      if constexpr (kAmx)
         for (long s = 0; s < steps; ++s) std::memcpy(rows->row(r) + s * kTileBytes, row + s * kStepBytes, kStepBytes);
     }
   });
-  const long block_rows = kTileUnits ? tiled.block_rows(m) : 24 * kRowsI8;
-  in_blocks(threads, m, n, block_rows, nullptr, out, ldo, [=](long row, long end, long first, long last) {
-    [[maybe_unused]] const TileUnits units;
+  const long block_rows = kAmx ? tiled.block_rows(m) : 24 * kRowsI8;
+  const Target to{n, nullptr, gated, out, ldo};  // the bias is added where the sums are scaled
+  in_blocks(threads, m, to, block_rows, [=](long row, long end, long first, long last, float* c, long ldc) {
+    [[maybe_unused]] const TileShape shape;
     for (long p = first; p < last; ++p) {
       const long column = p * kPanel, columns = std::min<long>(kPanel, n - column);
       const int8_t* panel = packed + p * groups * kPanel * 4;
       const float* shift = bias == nullptr ? nullptr : bias + column;
-      if constexpr (kTileUnits) {
+      float* target = c + (p - first) * kPanel;
+      if constexpr (kAmx) {
         for (long r = row; r < end; r += kPairRows)
           product_i8(rows->at(r), std::min(kPairRows, end - r), rs + r, panel, steps, scales + column, sums + column,
-                     shift, out + r * ldo + column, ldo, columns);
+                     shift, target + (r - row) * ldc, ldc, columns,
+                     r == row && p + 1 < last ? steps * 2 * kTileBytes : 0);
       } else {
         in_tiles<kRowsI8>(row, end, [&](auto some, long r) {
           tile_i8<some.value>(q + r * width, width, rs + r, panel, groups, scales + column, sums + column, shift,
-                              out + r * ldo + column, ldo, columns);
+                              target + (r - row) * ldc, ldc, columns);
         });
       }
     }
@@ -287,7 +327,8 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
                   *stop = std::lower_bound(begin, outliers + count, last * kPanel, before);
     if (begin != stop)
       for (long r = row; r < end; ++r)
-        for (const Outlier* o = begin; o != stop; ++o) out[r * ldo + o->output] += x[r * ldx + o->input] * o->value;
+        for (const Outlier* o = begin; o != stop; ++o)
+          c[(r - row) * ldc + o->output - first * kPanel] += x[r * ldx + o->input] * o->value;
   });
 }
 
@@ -326,16 +367,8 @@ void add_rms_norm(int threads, float* residual, long ldr, const float* x, long l
 
 void swiglu(int threads, const float* gate_up, long ldg, long rows, long width, float* out, long ldo) {
   parallel_for(threads, ceil_div(rows, kRowsPerTask), [=](long task) {
-    for (long r = task * kRowsPerTask; r < std::min(rows, (task + 1) * kRowsPerTask); ++r) {
-      const float *gate = gate_up + r * ldg, *up = gate + width;
-      float* row = out + r * ldo;
-      long i = 0;
-      for (; i + kLanes <= width; i += kLanes) {
-        const Vec g = load(gate + i);
-        store(row + i, g / (1.0f + exp(-g)) * load(up + i));
-      }
-      for (; i < width; ++i) row[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
-    }
+    for (long r = task * kRowsPerTask; r < std::min(rows, (task + 1) * kRowsPerTask); ++r)
+      gate_by(gate_up + r * ldg, gate_up + r * ldg + width, width, out + r * ldo);
   });
 }
 
@@ -371,9 +404,9 @@ enum class Format { kFp32, kRounded, kPairs, kGrid };
 template <Format kFormat>
 struct Of {
   static constexpr bool kPaired = kFormat == Format::kPairs || kFormat == Format::kGrid;
-  // Whether AMX multiplies them: rows are filled up to whole registers then, inputs to whole steps, and tiles are larger
-  // so that its sums stay in the registers for longer.
-  static constexpr bool kTiled = kTileUnits && kFormat == Format::kPairs;
+  // Whether AMX multiplies them: rows are filled up to whole registers, inputs to whole steps, and tiles are larger,
+  // so that sums stay in the registers for longer.
+  static constexpr bool kTiled = kAmx && kFormat == Format::kPairs;
   using Number = std::conditional_t<kFormat == Format::kGrid, int16_t, std::conditional_t<kPaired, uint16_t, float>>;
   static constexpr long kInputs = kPaired ? 2 : 1;                        // of a lane
   static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
@@ -417,10 +450,10 @@ struct Of {
     if constexpr (kTiled) {
       const long row = lda * static_cast<long>(sizeof(Number));
       for (long r = 0; r < m; r += kPairRows) {
-        const auto product = m - r > kTileRows ? tile_units<false, 2, 1> : tile_units<false, 1, 1>;
+        const auto product = m - r > kTileRows ? multiply_tiles<false, 2, 1> : multiply_tiles<false, 1, 1>;
         product({reinterpret_cast<const char*>(a + r * lda), row, kTileRows * row, kStepBytes, 0},
                 reinterpret_cast<const char*>(panel), ceil_div(inputs, kStep), c + r * ldc,
-                ldc * static_cast<long>(sizeof(float)), accumulate);
+                ldc * static_cast<long>(sizeof(float)), accumulate, 0);
       }
       return;
     }
@@ -467,10 +500,14 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
   const float logits = logit_grid(dim);
 
   // A tile's keys transposed into panels, [panel][input][kPanel]; values as [panel][key][kPanel]; `inputs` together.
-  // Beyond the sequence's end are zeros. scales: of each key, if it is on a grid.
+  // Beyond the sequence's end are zeros, as far as products read. scales: of each key, if it is on a grid. A value that
+  // is not finite is zeros with a scale of NaN: it must show in the rows that see it, and 0 * NaN in none.
+  auto packed_keys = [=](long tile) {
+    return F::kTiled ? std::min(kKeys, ceil_div(length - tile * kKeys, kPanel) * kPanel) : kKeys;
+  };
   auto pack_keys = [=](long head, long tile, Number* target, float* scales) {
     std::vector<Number> row(width);
-    for (long j = 0; j < kKeys; ++j) {
+    for (long j = 0; j < packed_keys(tile); ++j) {
       const long key = tile * kKeys + j, there = key < length ? dim : 0;
       scales[j] = F::encode(there ? key_row(key) + head * dim : nullptr, there, width, 1.0f, logits, row.data());
       Number* column = target + j / kPanel * kPanel * width + j % kPanel * inputs;
@@ -479,32 +516,42 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
   };
   auto pack_values = [=](long head, long tile, Number* target, float* scales) {
     std::vector<Number> row(inputs * value_columns);
-    for (long j = 0; j < kKeys; j += inputs) {
+    bool finite = true;
+    for (long j = 0; j < packed_keys(tile); j += inputs) {
       for (long i = 0; i < inputs; ++i) {
         const long key = tile * kKeys + j + i, there = key < length ? dim : 0;
-        scales[j + i] = F::encode(there ? value_row(key) + head * dim : nullptr, there, value_columns, 1.0f, kValueGrid,
-                                  &row[i * value_columns]);
+        const float* value = there ? value_row(key) + head * dim : nullptr;
+        Number* to = &row[i * value_columns];
+        scales[j + i] = F::encode(value, there, value_columns, 1.0f, kValueGrid, to);
+        if (!grid && magnitude(value, there) != magnitude(value, there)) {
+          std::fill(to, to + value_columns, Number{0});
+          scales[j + i] = NAN;
+        }
+        finite = finite && scales[j + i] == scales[j + i];
       }
       for (long panel = 0; panel < value_panels; ++panel)
         for (long i = 0; i < kPanel; ++i)
           for (long l = 0; l < inputs; ++l)
             target[(panel * kKeys + j) * kPanel + i * inputs + l] = row[l * value_columns + panel * kPanel + i];
     }
+    return finite;
   };
   // Packed once for all row tiles: rows of a long sequence lie pages apart and share a few cache sets. In fp32 half of
   // the heads are packed at a time, so that all formats take the room of the keys in fp32.
   const long heads_at_once = ceil_div(kv_heads, F::kPaired ? 1 : 2), places = heads_at_once * tiles;
   std::unique_ptr<Number[]> packed(new Number[places * (key_size + value_size)]);
   std::unique_ptr<float[]> steps(new float[places * kKeys * 2]);
+  std::unique_ptr<bool[]> all_finite(new bool[places]);
   Number *all_keys = packed.get(), *all_values = all_keys + places * key_size;
   float *key_steps = steps.get(), *value_steps = key_steps + places * kKeys;
+  bool* finite = all_finite.get();
   const long row_tiles = ceil_div(rows, tile_rows);
   for (long first_head = 0; first_head < kv_heads; first_head += heads_at_once) {
     const long some_heads = std::min(heads_at_once, kv_heads - first_head);
     parallel_for(threads, some_heads * tiles, [=](long place) {
       const long head = first_head + place / tiles, tile = place % tiles;
       pack_keys(head, tile, all_keys + place * key_size, key_steps + place * kKeys);
-      pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
+      finite[place] = pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
     });
     parallel_for(threads, row_tiles * some_heads, [=](long task) {
       // Heaviest first: the last rows see the most keys.
@@ -512,7 +559,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       const long first = row_tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
       auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
 
-      [[maybe_unused]] const std::conditional_t<F::kTiled, TileUnits, int> units{};
+      [[maybe_unused]] const std::conditional_t<F::kTiled, TileShape, int> shape{};
       const long padded = F::padded_rows(m);
       std::vector<Number> queries(padded * width), own_weights(in_place ? 0 : padded * kKeys);
       std::vector<float> p(padded * kKeys), result(padded * value_columns), top(m, -INFINITY), totals(m * kLanes),
@@ -535,6 +582,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       const long start = window > 0 ? std::max<long>(0, low - window + 1) / kKeys : 0;
       for (long tile = start; tile * kKeys < high; ++tile) {
         const long key = tile * kKeys, span = std::min(kKeys, high - key), place = (head - first_head) * tiles + tile;
+        const long used = F::kTiled ? ceil_div(span, kPanel) * kPanel : kKeys;  // what products read of a row
         const Number* values = all_values + place * value_size;
         for (long panel = 0; panel < ceil_div(span, kPanel); ++panel)
           F::multiply(queries.data(), width, m, all_keys + place * key_size + panel * kPanel * width, width,
@@ -548,14 +596,14 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
           float* row = &p[r * kKeys];
           Number* weight = weights + r * kKeys;
           if (begin == end) {
-            std::fill(weight, weight + kKeys, Number{0});
+            std::fill(weight, weight + used, Number{0});
             weight_steps[r] = 0.0f;
             continue;
           }
           for (long j = 0; j < begin; ++j) row[j] = -INFINITY;
-          for (long j = end; j < kKeys; ++j) row[j] = -INFINITY;
+          for (long j = end; j < used; ++j) row[j] = -INFINITY;
           Vec most = load(row);
-          for (long j = kLanes; j < kKeys; j += kLanes) {
+          for (long j = kLanes; j < used; j += kLanes) {
             const Vec x = load(row + j);
             most = x > most ? x : most;
           }
@@ -580,11 +628,13 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
             const float not_finite = sum(scaled) * 0.0f;  // NaN if a weight is
             weight_steps[r] = quantize(row, kKeys, largest(most_scaled) + not_finite, kWeightGrid, 0, weight);
           } else {
-            for (long j = 0; j < kKeys; j += kLanes) {
+            for (long j = 0; j < used; j += kLanes) {
               const Vec x = load(row + j) - next, e = kFormat == Format::kFp32 ? exp(x) : exp2_coarse(x * kLog2E);
               sums += e;
               F::put(weight + j, e);
             }
+            if (!finite[place])
+              for (long j = begin; j < end; ++j) sums += value_steps[place * kKeys + j] * 0.0f;
           }
           const float shrink = grid ? std::exp2(top[r] - next) : std::exp(top[r] - next);
           store(&totals[r * kLanes], load(&totals[r * kLanes]) * shrink + sums);
@@ -593,7 +643,8 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
           top[r] = next;
         }
         for (long panel = 0; panel < value_panels; ++panel)
-          F::multiply(weights, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), nullptr, result.data() + panel * kPanel, value_columns, true);
+          F::multiply(weights, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), nullptr,
+                      result.data() + panel * kPanel, value_columns, true);
       }
       for (long r = 0; r < m; ++r) {
         float* target = out + (first + r / group) * ldo + (head * group + r % group) * dim;
@@ -650,7 +701,8 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
 #define LASTRERANK_STRING_(x) #x
 #define LASTRERANK_STRING(x) LASTRERANK_STRING_(x)
     LASTRERANK_STRING(LASTRERANK_ISA),
-    kTileUnits,
+    kAmx,
+    kPanel,
     packed_f32_size,
     packed_bf16_size,
     packed_i8_size,

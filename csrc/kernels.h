@@ -23,6 +23,8 @@ struct Kernels {
   const char* name;
   // Whether linear_widened is faster than linear_f32: AMX multiplies bf16 numbers 16 times as fast as others fp32.
   bool widened_is_faster;
+  // Columns of a packed panel.
+  int panel;
 
   // Elements of storage of a packed [n, k] weight.
   long (*packed_f32_size)(long n, long k);
@@ -44,19 +46,20 @@ struct Kernels {
   void (*unpack_i8)(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
                     float* weight);
 
-  // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null)
+  // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null). gated: the first half of the n outputs are gates of the second,
+  // out[m, n / 2] = silu(gate) * up, as `swiglu` of the product; n is a multiple of two panels and bias null then.
   int (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
-                    const float* bias, float* out, long ldo);
+                    const float* bias, bool gated, float* out, long ldo);
   // The same with x rounded to bf16: exact products, sums in fp32.
   int (*linear_bf16)(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
-                     const float* bias, float* out, long ldo);
+                     const float* bias, bool gated, float* out, long ldo);
   // The same with x as it is: products are exact, or of an error below that of a sum in fp32.
   int (*linear_widened)(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
-                        const float* bias, float* out, long ldo);
+                        const float* bias, bool gated, float* out, long ldo);
   // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.
   int (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-                   const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, float* out,
-                   long ldo);
+                   const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, bool gated,
+                   float* out, long ldo);
 
   // residual += x (unless x is null), out = residual / rms(residual) * weight
   int (*add_rms_norm)(int threads, float* residual, long ldr, const float* x, long ldx, const float* weight, float eps,

@@ -19,13 +19,13 @@ namespace lastrerank {
 namespace {
 
 // Waits actively for as long as waking a thread takes, and no longer: one job follows another within that time, and who
-// shares the processor loses no more than that. True if it has come true.
+// shares the processor loses no more than that.
 template <typename Condition>
-bool soon(const Condition& condition) {
+void wait_actively(const Condition& condition) {
   const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
   do {
     for (int i = 0; i < 16; ++i) {
-      if (condition()) return true;
+      if (condition()) return;
 #if defined(__x86_64__)
       _mm_pause();
 #elif defined(__aarch64__)
@@ -33,7 +33,6 @@ bool soon(const Condition& condition) {
 #endif
     }
   } while (std::chrono::steady_clock::now() < until);
-  return false;
 }
 
 class Pool {
@@ -64,7 +63,7 @@ class Pool {
     }
     wake_.notify_all();
     drain(f, tasks);
-    soon([this] { return running_ == 0; });
+    wait_actively([this] { return running_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
@@ -76,13 +75,17 @@ class Pool {
  private:
   void work(int index, unsigned long seen) {
     std::unique_lock<std::mutex> lock(mutex_);
+    bool worked = false;  // who had nothing to do in the last job sleeps
     for (;;) {
-      lock.unlock();
-      soon([&] { return generation_ != seen; });
-      lock.lock();
+      if (worked) {
+        lock.unlock();
+        wait_actively([&] { return generation_ != seen; });
+        lock.lock();
+      }
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (index >= helpers_) continue;
+      worked = index < helpers_;
+      if (!worked) continue;
       const std::function<void(long)>* job = job_;
       const long tasks = tasks_;
       lock.unlock();

@@ -160,7 +160,7 @@ class Model:
         projected = ops.linear(attended, layer.o, layer.o_bias)
         residual, normed = ops.add_rms_norm(residual, projected, layer.post_norm, self.config.rms_norm_eps)
         del projected  # its memory is the next product's
-        return residual, ops.linear(ops.swiglu(ops.linear(normed, layer.gate_up)), layer.down)
+        return residual, ops.linear(ops.linear_swiglu(normed, layer.gate_up), layer.down)
 
     def _project(self, index: int, normed: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         layer = self.weights.layers[index]

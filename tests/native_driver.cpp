@@ -70,7 +70,8 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   k.unpack_f32(packed.data(), n, d, back.data);
   bool same = true, right = true, right_i8 = true;
   for (long i = 0; i < n * d; ++i) same &= back.data[i] == w.data[i];
-  k.linear_f32(threads, x.data, d + pad, m, d, packed.data(), n, bias.data, out.data, n + pad);
+  k.linear_f32(threads, x.data, d + pad, m, d, packed.data(), n, bias.data, false, out.data,
+               n + pad);
   std::vector<double> truth(m * n);
   for (long i = 0; i < m; ++i)
     for (long j = 0; j < n; ++j) {
@@ -82,9 +83,9 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   std::vector<uint16_t> packed16(k.packed_bf16_size(n, d));
   k.pack_bf16(w.data, false, n, d, packed16.data());
   k.unpack_bf16(packed16.data(), n, d, back.data);
-  k.linear_bf16(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, out.data, n + pad);
+  k.linear_bf16(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, false, out.data, n + pad);
   Buffer whole(m * n);
-  k.linear_widened(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, whole.data, n);
+  k.linear_widened(threads, x.data, d + pad, m, d, packed16.data(), n, bias.data, false, whole.data, n);
   bool same_bf16 = true, right_bf16 = true, right_widened = true;
   for (long i = 0; i < n * d; ++i) same_bf16 &= back.data[i] == rounded(w.data[i]);
   for (long i = 0; i < m; ++i)
@@ -108,7 +109,7 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   expect(k.pack_i8(w.data, false, n, d, false, packed8.data(), scales.data(), sums.data(), outliers.data(), count) ==
              count, "pack_i8 counts outliers", k.name);
   k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), outliers.data(), count, n,
-              bias.data, out.data, n + pad);
+              bias.data, false, out.data, n + pad);
   k.unpack_i8(packed8.data(), scales.data(), outliers.data(), count, n, d, back.data);
   for (long i = 0; i < n * d; ++i) right_i8 &= std::fabs(back.data[i] - w.data[i]) <= 0.501f * scales[i / d];
   for (long i = 0; i < m * n; ++i)
@@ -116,6 +117,39 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   expect(same, "unpack_f32", k.name);
   expect(right, "linear_f32", k.name);
   expect(right_i8, "linear_i8", k.name);
+}
+
+// Products whose first half are gates of the second are bitwise swiglu of the product.
+void gated(const Kernels& k, std::mt19937& rng, int threads) {
+  const long m = 1 + rng() % 300, half = k.panel * (1 + rng() % 6), n = 2 * half, d = 1 + rng() % 300;
+  Buffer x = random_buffer(rng, m * d), w = random_buffer(rng, n * d), product(m * n), apart(m * half), out(m * half);
+  for (long i = 0; i < n && d >= 64; i += 5) w.data[i * d + rng() % d] *= 40;  // outliers, for int8
+  const auto same = [&](const auto& linear) {
+    linear(false, product.data, n);
+    linear(true, out.data, half);
+    k.swiglu(threads, product.data, n, m, half, apart.data, half);
+    return std::memcmp(apart.data, out.data, m * half * sizeof(float)) == 0;
+  };
+  std::vector<float> f32(k.packed_f32_size(n, d));
+  k.pack_f32(w.data, false, n, d, f32.data());
+  expect(same([&](bool gate, float* to, long ld) {
+    k.linear_f32(threads, x.data, d, m, d, f32.data(), n, nullptr, gate, to, ld);
+  }), "linear_f32, gated", k.name);
+  std::vector<uint16_t> bf16(k.packed_bf16_size(n, d));
+  k.pack_bf16(w.data, false, n, d, bf16.data());
+  for (const auto linear : {k.linear_bf16, k.linear_widened})
+    expect(same([&](bool gate, float* to, long ld) {
+      linear(threads, x.data, d, m, d, bf16.data(), n, nullptr, gate, to, ld);
+    }), "a linear of bf16 weights, gated", k.name);
+  std::vector<int8_t> i8(k.packed_i8_size(n, d));
+  std::vector<float> scales(n);
+  std::vector<int32_t> sums(n);
+  std::vector<Outlier> outliers(n * d);
+  const long count = k.pack_i8(w.data, false, n, d, false, i8.data(), scales.data(), sums.data(), outliers.data(), n * d);
+  expect(same([&](bool gate, float* to, long ld) {
+    k.linear_i8(threads, x.data, d, m, d, i8.data(), scales.data(), sums.data(), outliers.data(), count, n, nullptr, gate,
+                to, ld);
+  }), "linear_i8, gated", k.name);
 }
 
 void rows(const Kernels& k, std::mt19937& rng, int threads) {
@@ -142,7 +176,7 @@ void rows(const Kernels& k, std::mt19937& rng, int threads) {
 }
 
 void attention(const Kernels& k, std::mt19937& rng, int threads, int precision) {
-  const long length = 1 + rng() % 200, kv_heads = 1 + rng() % 3, group = 1 + rng() % 3, heads = kv_heads * group,
+  const long length = 1 + rng() % (rng() % 3 ? 200 : 600), kv_heads = 1 + rng() % 3, group = 1 + rng() % 3, heads = kv_heads * group,
              dim = 2 * (1 + rng() % 20), window = rng() % 2 ? 0 : 1 + rng() % 100;
   const long ld = (heads + 2 * kv_heads) * dim;
   Buffer qkv = random_buffer(rng, length * ld), cos = random_buffer(rng, length * dim / 2),
@@ -194,6 +228,7 @@ void all(unsigned seed, int rounds, int threads) {
   for (int isa = 0; const Kernels* k = lastrerank_kernels(isa); ++isa)
     for (int round = 0; round < rounds; ++round) {
       linears(*k, rng, threads);
+      gated(*k, rng, threads);
       rows(*k, rng, threads);
       for (int precision : {lastrerank::kFp32, lastrerank::kBf16, lastrerank::kInt16})
         attention(*k, rng, threads, precision);

@@ -53,7 +53,7 @@ def test_end_to_end_of_pairs(results):
 
 @pytest.mark.parametrize(
     ("provider", "module", "bound"),
-    [("openvino-float32", "openvino", 5e-6), ("onnxruntime-float32", "onnxruntime", 5e-6),
+    [("openvino-float32", "openvino", 5e-6), ("openvino-int8", "nncf", 0.1), ("onnxruntime-float32", "onnxruntime", 5e-6),
      ("onnxruntime-int8", "onnxruntime", 0.1), ("llama.cpp-f16", "llama_cpp", 2e-3),
      ("llama.cpp-q8_0", "llama_cpp", 0.1)],
 )  # fmt: skip
@@ -75,8 +75,9 @@ def test_profile_counts_what_a_pass_does(results):
         pytest.skip(f"native backend: {reason}")
     rows = json.loads((results / "x.json").read_text())["rows"]
     for dtype in ("float32", "bfloat16", "int8"):
-        parts = {row["operation"]: row for row in rows if row.get("dtype") == dtype}
-        assert parts.keys() == {"linears", "attention", "rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu", "score"}
+        parts = {row["operation"]: row for row in rows if row["dtype"] == dtype and row["operation"] != "peak"}
+        parts.pop("swiglu", None)  # computed with its product where widths are those of whole panels
+        assert parts.keys() == {"linears", "attention", "rms_norm", "add_rms_norm", "qk_norm_rope", "score"}
         assert 0.2 < sum(row["share"] for row in parts.values()) < 1.2  # medians apart don't add up exactly
         config, tokens = SHAPES["tiny"], parts["attention"]["prompt_tokens"]
         width, kv_width = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))

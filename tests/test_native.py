@@ -102,8 +102,10 @@ def test_bf16_weights_are_read_directly(isa):
 def test_fp32_by_bf16_units_is_fp32(isa):
     """Where the processor multiplies bf16 faster, weights that are bf16 numbers are multiplied as such, in fp32 all the
     same: no further from the truth than PyTorch's product in fp32, over seven orders of magnitude."""
-    x = torch.randn(50, 1000) * 10 ** torch.linspace(-5, 2, 50)[:, None]
-    weight, bias = torch.randn(70, 1000).bfloat16(), torch.randn(70)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(50, 1000, generator=generator) * 10 ** torch.linspace(-5, 2, 50)[:, None]
+    weight = torch.randn(70, 1000, generator=generator).bfloat16()
+    bias = torch.randn(70, generator=generator)
     truth = x.double() @ weight.double().T
     packed = NativeOperations().prepare(weight)
     for shift in (None, bias):
@@ -122,6 +124,23 @@ def test_fp32_by_bf16_units_is_fp32(isa):
         assert not out[3].isfinite().any() and out[[2, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_in_one_with_their_product(isa, dtype):
+    """Bit for bit, whether the halves are whole panels or not; and as the reference says."""
+    operations, x = NativeOperations(dtype), torch.randn(70, 96)
+    for width in (256, 250):
+        weight = torch.randn(2 * width, 96).bfloat16()
+        packed = operations.prepare(weight)
+        assert packed.gates == (width == 256)
+        out = operations.linear_swiglu(x, packed)
+        assert out.equal(operations.swiglu(operations.linear(x, packed)))
+        plain = ReferenceOperations().linear_swiglu(x, weight.float())
+        assert (out - plain).norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.int8: 5e-2}[dtype] * plain.norm()
+        assert operations.linear_swiglu(x[:0], packed).shape == (0, width)
+    with pytest.raises(ValueError, match=r"x \(70, 95\): expected x \[T, 96\]"):
+        operations.linear_swiglu(x[:, :95], packed)
+
+
 def test_a_wrong_width_is_named():
     for dtype in DTYPES:
         with pytest.raises(ValueError, match=r"x \(3, 65\): expected x \[T, 64\]"):
@@ -129,12 +148,13 @@ def test_a_wrong_width_is_named():
 
 
 def test_rows_do_not_depend_on_their_neighbours(isa):
-    x, weight = torch.randn(300, 640), torch.randn(100, 640)
+    x, weight = torch.randn(700, 640), torch.randn(100, 640)
     for dtype in DTYPES:
-        packed = NativeOperations(dtype).prepare(weight)
-        whole = packed.matmul(x, None, None)
-        for rows in (slice(0, 1), slice(17, 42), slice(299, 300)):
-            assert torch.equal(packed.matmul(x[rows], None, None), whole[rows])
+        for stored in (weight, weight.bfloat16()):
+            packed = NativeOperations(dtype).prepare(stored)
+            whole = packed.matmul(x, None, None)
+            for rows in (slice(0, 0), slice(0, 1), slice(17, 42), slice(190, 470), slice(699, 700)):
+                assert torch.equal(packed.matmul(x[rows], None, None), whole[rows])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -215,36 +235,46 @@ def test_attention_by_the_error_rule(length, dim, window, scale, seed):
 def test_attention_alone_and_in_company(isa, dtype):
     """Bit for bit: neighbours, even such that are no numbers, what the sequence continues, what comes after a row, and
     reading few rows change nothing."""
-    native, lengths = NativeOperations(dtype), [37, 200, 5]
+    native, lengths = NativeOperations(dtype), [37, 600, 5]
     q, k, v = heads_of(sum(lengths))
-    own = slice(37, 237)
-    alone = attention(native, q[own], k[own], v[own], [200], window=None)
+    own = slice(37, 637)
+    alone = attention(native, q[own], k[own], v[own], [600], window=None)
     for x in (q, k, v):
-        x[:37] = x[237:] = float("nan")
+        x[:37] = x[637:] = float("nan")
     assert torch.equal(attention(native, q, k, v, lengths, window=None)[own], alone)
     q, k, v = q[own], k[own], v[own]
-    for cut in (1, 63, 64, 130):
+    for cut in (1, 63, 64, 130, 255, 257):
         assert torch.equal(attention(native, q[:cut], k[:cut], v[:cut], [cut], window=None), alone[:cut])
-    rows = torch.tensor([0, 65, 199])
-    assert torch.equal(attention(native, q[rows], k, v, [200], window=None, rows=rows), alone[rows])
-    shared = Prefixes(torch.tensor([[0, 0], [0, 90]], dtype=torch.int32), ((0, 0), (0, 90)))
-    assert torch.equal(attention(native, q, k, v, [90, 110], window=None, prefixes=shared), alone)
+    rows = torch.tensor([0, 65, 300, 599])
+    assert torch.equal(attention(native, q[rows], k, v, [600], window=None, rows=rows), alone[rows])
+    for prefix in (90, 300):
+        shared = Prefixes(torch.tensor([[0, 0], [0, prefix]], dtype=torch.int32), ((0, 0), (0, prefix)))
+        assert torch.equal(attention(native, q, k, v, [prefix, 600 - prefix], window=None, prefixes=shared), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_attention_does_not_hide_what_is_not_finite(isa, dtype, which, bad):
-    """It shows where it is seen, and in no rows whose tile, of 48, ends before it."""
-    parts = heads_of(150)
-    if which:
-        parts[which][70, 0, 5] = bad
-    else:
-        parts[0][70, 0, 5] = float("nan")
-    out = attention(NativeOperations(dtype), *parts, [150], window=None)
-    assert not out[70, 0].isfinite().all() and out[:48].isfinite().all() and out[:, 2:].isfinite().all()
-    if which == 2:
-        assert not out[149, 1].isfinite().all()
+    """It shows in the rows that see it and in no others: in some channel of a query's or key's head and a value's."""
+    native = NativeOperations(dtype)
+    for heads, kv_heads, window in ((4, 2, None), (3, 1, None), (4, 2, 64)):
+        generator = torch.Generator().manual_seed(1)
+        parts = [torch.randn(600, count, 32, generator=generator) for count in (heads, kv_heads, kv_heads)]
+        parts[which][70, 0, 5] = bad if which else float("nan")  # an infinite query may see its key alone
+        group = heads // kv_heads if which else 1
+        seen = slice(70, 71) if which == 0 else slice(70, 600 if window is None else 70 + window)
+        out = attention(native, *parts, [600], window=window)
+        hit = ~out.isfinite().all(2)
+        if which == 2:
+            assert hit[seen, :group].all()
+        else:
+            assert hit[seen, :group].any()
+        hit[seen, :group] = False
+        assert not hit.any()
+        rows = torch.tensor([40, 69, 80, 599])
+        read = attention(native, parts[0][rows], *parts[1:], [600], window=window, rows=rows)
+        assert read.nan_to_num(7.0, 8.0, 9.0).equal(out[rows].nan_to_num(7.0, 8.0, 9.0))
 
 
 def test_bf16_is_what_it_says(isa):
@@ -458,11 +488,13 @@ def test_sanitizers(tmp_path, sanitizers):
 def test_avx512_and_amx_by_stand_ins(tmp_path):
     """The kernels for AVX-512, VNNI, bf16 units and AMX, wherever the tests run: with the instructions'
     definitions in place of the instructions."""
+    # Sanitized: memory that AMX's own instructions touch is not, as they are assembly.
     header = ["-O1", "-mavx2", "-mfma", "-include", str(ROOT / "tests/avx512_stand_ins.h")]
     vnni = [*header, "-DSTAND_IN_VNNI"]
     bf16 = [*vnni, "-DSTAND_IN_BF16"]
     sets = {"avx512": header, "avx512vnni": vnni, "avx512bf16": bf16, "amx": [*bf16, "-DSTAND_IN_AMX"]}
-    run_driver(build_driver(tmp_path, sets, every=True), 1)
+    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run_driver(build_driver(tmp_path, sets, flags=sanitized, every=True), 1)
 
 
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

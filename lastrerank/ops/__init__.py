@@ -141,6 +141,9 @@ class Operations(Protocol):
         same sequences; else found anew. Returns `[T or R, Hq, d]`.
         """
 
+    def linear_swiglu(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """`swiglu(linear(x, weight))`, bit for bit: `[T, in] -> [T, F]`, weight `[2F, in]`."""
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`silu(gate) * up`: `[T, 2F] -> [T, F]`, gate in the first half."""
 

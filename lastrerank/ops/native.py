@@ -40,11 +40,11 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 7
+_VERSION = 8
 # What attention multiplies (Precision of kernels.h), by the dtype that was asked for.
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
-_I, _L, _F, _P = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
+_B, _I, _L, _F, _P = ctypes.c_bool, ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
 
 class _Kernels(ctypes.Structure):
@@ -53,6 +53,7 @@ class _Kernels(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
         ("widened_is_faster", ctypes.c_bool),
+        ("panel", _I),
         ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_bf16_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_i8_size", ctypes.CFUNCTYPE(_L, _L, _L)),
@@ -62,10 +63,10 @@ class _Kernels(ctypes.Structure):
         ("unpack_bf16", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
         ("pack_i8", ctypes.CFUNCTYPE(_L, _P, ctypes.c_bool, _L, _L, ctypes.c_bool, _P, _P, _P, _P, _L)),
         ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
-        ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
-        ("linear_bf16", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
-        ("linear_widened", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _P, _L)),
-        ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _P, _L)),
+        ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
+        ("linear_bf16", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
+        ("linear_widened", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
+        ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _B, _P, _L)),
         ("add_rms_norm", ctypes.CFUNCTYPE(_I, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
         ("swiglu", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L)),
         ("qk_norm_rope", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _F)),
@@ -156,6 +157,15 @@ class NativeOperations(ReferenceOperations):
         ))  # fmt: skip
         return out
 
+    def linear_swiglu(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """In one, where the weight's halves are whole panels: 2F numbers a row are not written to memory and read."""
+        if not isinstance(weight, (PackedWeight, Int8Weight)) or not weight.gates:
+            return super().linear_swiglu(x, weight)
+        check_linear(x, weight.out_features, weight.in_features, None, None)
+        out = _empty(len(x), weight.out_features // 2)
+        weight.multiply(x, None, True, out)
+        return out
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         check_swiglu(gate_up)
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -239,6 +249,7 @@ class PackedWeight:
     def __init__(self, weight: torch.Tensor, kernels: Any, dtype: torch.dtype = torch.float32) -> None:
         check_weight(weight)
         self.out_features, self.in_features = weight.shape
+        self.gates = len(weight) % (2 * kernels.panel) == 0
         self.dtype = dtype
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
         widened = dtype == torch.float32 and kernels.widened_is_faster and _is_bfloat16(source)
@@ -255,11 +266,15 @@ class PackedWeight:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
         check_linear(x, self.out_features, self.in_features, bias, out)
         out = _empty(len(x), self.out_features) if out is None else out
+        self.multiply(x, bias, False, out)
+        return out
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool, out: torch.Tensor) -> None:
+        """Into `out`, the first half of the outputs as gates of the second or not; shapes have been checked."""
         _done(self._linear(
             num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed, self._stored), self.out_features,
-            _pointer(bias), _pointer(out), out.stride(0),
+            _pointer(bias), gated, _pointer(out), out.stride(0),
         ))  # fmt: skip
-        return out
 
     def unpack(self) -> torch.Tensor:
         """In fp32; a weight that was packed in bf16 is rounded to it."""
@@ -278,6 +293,7 @@ class Int8Weight:
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None, kernels: Any) -> None:
         check_weight(weight, scales)
         self.out_features, self.in_features = weight.shape
+        self.gates = len(weight) % (2 * kernels.panel) == 0
         self._kernels = kernels
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
         self._packed = _empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
@@ -300,12 +316,16 @@ class Int8Weight:
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
         check_linear(x, self.out_features, self.in_features, bias, out)
         out = _empty(len(x), self.out_features) if out is None else out
+        self.multiply(x, bias, False, out)
+        return out
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool, out: torch.Tensor) -> None:
+        """See `PackedWeight.multiply`."""
         _done(self._kernels.linear_i8(
             num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
             _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data, len(self._outliers),
-            self.out_features, _pointer(bias), _pointer(out), out.stride(0),
+            self.out_features, _pointer(bias), gated, _pointer(out), out.stride(0),
         ))  # fmt: skip
-        return out
 
     def unpack(self) -> torch.Tensor:
         """What it multiplies by, in fp32: not the weight it was made from."""

@@ -136,6 +136,9 @@ class ReferenceOperations:
             return torch.cat(sequences) if sequences else torch.empty_like(q)
         return out
 
+    def linear_swiglu(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        return self.swiglu(self.linear(x, weight))
+
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
