@@ -179,7 +179,8 @@ class OpenVinoInt8(OpenVino):
         super().convert(folder)
         if not (folder / self.file).exists():
             model = openvino.Core().read_model(folder / OpenVino.file)
-            openvino.save_model(nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM), folder / self.file)
+            compressed = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+            openvino.save_model(compressed, folder / self.file)
 
 
 class OnnxRuntime(Peer):

@@ -28,7 +28,7 @@ constexpr long padded_words(long words) { return kAmx ? ceil_div(words, kStepWor
 constexpr int kPartsOfFp32 = 3;
 
 // n numbers as kParts bf16 numbers each, in steps of registers: rounded to nearest, ties to even, then what that left,
-// and so on, in the registers that follow. Three parts are the number itself, from 2^-110 (below, bits are lost) to 3.39e38
+// and so on, in the registers that follow. Three parts are the number itself, from 2^-110 (below, bits go) to 3.39e38
 // (what rounds to an infinity and what is one becomes NaN in a product).
 template <int kParts>
 inline void split(const float* x, long n, char* row) {

@@ -48,7 +48,7 @@ def examine(device: str = "auto", model: str | Path = BUNDLED) -> dict[str, Any]
 
 def _products() -> dict[str, Any]:
     """The instruction set that the native backend takes here, and the billions of operations a second that its products
-    reach in each dtype, in a layer's shape and with weights of bf16 numbers, as published ones are: the best of five."""
+    reach in each dtype, in a layer's shape, weights bf16 numbers as published ones are: the best of five."""
     from lastrerank.ops.native import NativeOperations
 
     rows, width, outputs = 512, 1024, 3072

@@ -53,9 +53,9 @@ def test_end_to_end_of_pairs(results):
 
 @pytest.mark.parametrize(
     ("provider", "module", "bound"),
-    [("openvino-float32", "openvino", 5e-6), ("openvino-int8", "nncf", 0.1), ("onnxruntime-float32", "onnxruntime", 5e-6),
-     ("onnxruntime-int8", "onnxruntime", 0.1), ("llama.cpp-f16", "llama_cpp", 2e-3),
-     ("llama.cpp-q8_0", "llama_cpp", 0.1)],
+    [("openvino-float32", "openvino", 5e-6), ("openvino-int8", "nncf", 0.1),
+     ("onnxruntime-float32", "onnxruntime", 5e-6), ("onnxruntime-int8", "onnxruntime", 0.1),
+     ("llama.cpp-f16", "llama_cpp", 2e-3), ("llama.cpp-q8_0", "llama_cpp", 0.1)],
 )  # fmt: skip
 def test_a_peer_gives_the_baselines_scores(tiny, tmp_path, documents, provider, module, bound):
     pytest.importorskip(module, reason=f"{module} is not installed; make bench-cpu has it")

@@ -2,10 +2,11 @@
 
 fp32 activations between operations, and one of three precisions of what is multiplied in them:
 
-- float32: numbers as they are.
+- float32: numbers as they are; on AMX, where weights are bf16 numbers, as three bf16 numbers each, which is as exact.
 - bfloat16: weights are stored in bf16, and what they multiply is rounded to bf16 (to nearest, ties to even) as it comes
-  in; likewise queries, keys, values and softmax's weights in attention. Products are exact, sums in fp32. The rule is
-  the same on every processor: one with units for it multiplies faster, any other needs half the memory all the same.
+  in; likewise queries, keys, values and softmax's weights in attention. Products are exact, sums in fp32. What is
+  rounded is the same on every processor, but for softmax's weights, which AMX has in larger tiles, under another
+  maximum: one with units for bf16 multiplies faster, any other needs half the memory all the same.
 - int8: weights 7 bits and symmetric per output, the few too large for that kept in fp32 beside them; activations 8 bits
   and symmetric per row; integer accumulation. In attention integers of 16 bits, symmetric per row and head, softmax's
   weights per row and tile of 64 keys: without VNNI that takes no more multiplications than 8 bits do.
