@@ -81,19 +81,19 @@ struct RowStorage {
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
-// All registers whole.
+// All registers whole. A constant: what is computed at load would be computed on processors without AMX, too.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
-  TileConfiguration() {
+  constexpr TileConfiguration() {
     for (int i = 0; i < 8; ++i) {
       row_bytes[i] = kStepBytes;
       rows[i] = kTileRows;
     }
   }
 };
-const TileConfiguration kWholeTiles;
+constexpr TileConfiguration kWholeTiles;
 
 // This thread's registers as the products here want them, for as long as it lives: others' code has them otherwise.
 struct TileShape {
