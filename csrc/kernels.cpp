@@ -423,13 +423,12 @@ struct Of {
     } else {
       long i = 0;
       for (; i + kLanes <= n; i += kLanes) put(out + i, load(x + i) * factor);
-      for (; i < n; ++i) {
-        const float v = x[i] * factor;
-        if constexpr (kFormat == Format::kPairs) {
-          out[i] = to_bf16(v);
-        } else {
-          out[i] = kFormat == Format::kRounded ? bf16(to_bf16(v)) : v;
-        }
+      if (i < n) {
+        float rest[kLanes] = {};
+        Number last[kLanes];
+        std::copy(x + i, x + n, rest);
+        put(last, load(rest) * factor);
+        std::copy_n(last, n - i, out + i);
       }
       return 1.0f;
     }
@@ -439,7 +438,7 @@ struct Of {
   static void put(Number* out, Vec v) {
     if constexpr (kFormat == Format::kPairs) {
       store_bf16(out, v);
-    } else if constexpr (kFormat != Format::kGrid) {
+    } else {
       store(out, kFormat == Format::kRounded ? rounded_to_bf16(v) : v);
     }
   }
@@ -500,9 +499,9 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
   const float logits = logit_grid(dim);
 
   // A tile's keys transposed into panels, [panel][input][kPanel]; values as [panel][key][kPanel]; `inputs` together.
-  // Beyond the sequence's end are zeros, as far as products read. scales: of each key, if it is on a grid. A value that
-  // is not finite is zeros with a scale of NaN: it must show in the rows that see it, and 0 * NaN in none.
-  auto packed_keys = [=](long tile) {
+  // Beyond the sequence's end are zeros. scales: of each key, if it is on a grid. A value that is not finite is zeros
+  // with a scale of NaN: it must show in the rows that see it, and 0 * NaN in none.
+  auto packed_keys = [=](long tile) {  // as far as products read
     return F::kTiled ? std::min(kKeys, ceil_div(length - tile * kKeys, kPanel) * kPanel) : kKeys;
   };
   auto pack_keys = [=](long head, long tile, Number* target, float* scales) {
@@ -523,11 +522,11 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
         const float* value = there ? value_row(key) + head * dim : nullptr;
         Number* to = &row[i * value_columns];
         scales[j + i] = F::encode(value, there, value_columns, 1.0f, kValueGrid, to);
-        if (!grid && magnitude(value, there) != magnitude(value, there)) {
+        if (!grid && std::isnan(magnitude(value, there))) {
           std::fill(to, to + value_columns, Number{0});
           scales[j + i] = NAN;
         }
-        finite = finite && scales[j + i] == scales[j + i];
+        finite = finite && !std::isnan(scales[j + i]);
       }
       for (long panel = 0; panel < value_panels; ++panel)
         for (long i = 0; i < kPanel; ++i)
@@ -541,17 +540,17 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
   const long heads_at_once = ceil_div(kv_heads, F::kPaired ? 1 : 2), places = heads_at_once * tiles;
   std::unique_ptr<Number[]> packed(new Number[places * (key_size + value_size)]);
   std::unique_ptr<float[]> steps(new float[places * kKeys * 2]);
-  std::unique_ptr<bool[]> all_finite(new bool[places]);
+  std::unique_ptr<bool[]> finite(new bool[places]);
   Number *all_keys = packed.get(), *all_values = all_keys + places * key_size;
   float *key_steps = steps.get(), *value_steps = key_steps + places * kKeys;
-  bool* finite = all_finite.get();
+  bool* finite_values = finite.get();
   const long row_tiles = ceil_div(rows, tile_rows);
   for (long first_head = 0; first_head < kv_heads; first_head += heads_at_once) {
     const long some_heads = std::min(heads_at_once, kv_heads - first_head);
     parallel_for(threads, some_heads * tiles, [=](long place) {
       const long head = first_head + place / tiles, tile = place % tiles;
       pack_keys(head, tile, all_keys + place * key_size, key_steps + place * kKeys);
-      finite[place] = pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
+      finite_values[place] = pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
     });
     parallel_for(threads, row_tiles * some_heads, [=](long task) {
       // Heaviest first: the last rows see the most keys.
@@ -633,7 +632,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
               sums += e;
               F::put(weight + j, e);
             }
-            if (!finite[place])
+            if (!finite_values[place])
               for (long j = begin; j < end; ++j) sums += value_steps[place * kKeys + j] * 0.0f;
           }
           const float shrink = grid ? std::exp2(top[r] - next) : std::exp(top[r] - next);

@@ -21,7 +21,7 @@ enum Precision : int { kFp32 = 0, kBf16 = 1, kInt16 = 2 };
 // written some of its output. Shapes are not checked: `lastrerank/ops/shapes.py` does that before a pointer is taken.
 struct Kernels {
   const char* name;
-  // Whether linear_widened is faster than linear_f32: AMX multiplies bf16 numbers 16 times as fast as others fp32.
+  // Whether linear_widened is faster than linear_f32: on AMX, where bf16 numbers have units of their own.
   bool widened_is_faster;
   // Columns of a packed panel.
   int panel;
@@ -46,14 +46,14 @@ struct Kernels {
   void (*unpack_i8)(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
                     float* weight);
 
-  // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null). gated: the first half of the n outputs are gates of the second,
+  // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null). gated: the first half of the n outputs gate the second,
   // out[m, n / 2] = silu(gate) * up, as `swiglu` of the product; n is a multiple of two panels and bias null then.
   int (*linear_f32)(int threads, const float* x, long ldx, long m, long k, const float* packed, long n,
                     const float* bias, bool gated, float* out, long ldo);
   // The same with x rounded to bf16: exact products, sums in fp32.
   int (*linear_bf16)(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
                      const float* bias, bool gated, float* out, long ldo);
-  // The same with x as it is: products are exact, or of an error below that of a sum in fp32.
+  // The same with x as it is, in fp32; on AMX as three bf16 numbers each (`split` in amx.h says within which range).
   int (*linear_widened)(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
                         const float* bias, bool gated, float* out, long ldo);
   // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.

@@ -53,16 +53,16 @@ class _Kernels(ctypes.Structure):
 
     _fields_ = (
         ("name", ctypes.c_char_p),
-        ("widened_is_faster", ctypes.c_bool),
+        ("widened_is_faster", _B),
         ("panel", _I),
         ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_bf16_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_i8_size", ctypes.CFUNCTYPE(_L, _L, _L)),
-        ("pack_f32", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
+        ("pack_f32", ctypes.CFUNCTYPE(None, _P, _B, _L, _L, _P)),
         ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
-        ("pack_bf16", ctypes.CFUNCTYPE(None, _P, ctypes.c_bool, _L, _L, _P)),
+        ("pack_bf16", ctypes.CFUNCTYPE(None, _P, _B, _L, _L, _P)),
         ("unpack_bf16", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
-        ("pack_i8", ctypes.CFUNCTYPE(_L, _P, ctypes.c_bool, _L, _L, ctypes.c_bool, _P, _P, _P, _P, _L)),
+        ("pack_i8", ctypes.CFUNCTYPE(_L, _P, _B, _L, _L, _B, _P, _P, _P, _P, _L)),
         ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
         ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
         ("linear_bf16", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
@@ -160,7 +160,7 @@ class NativeOperations(ReferenceOperations):
 
     def linear_swiglu(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """In one, where the weight's halves are whole panels: 2F numbers a row are not written to memory and read."""
-        if not isinstance(weight, (PackedWeight, Int8Weight)) or not weight.gates:
+        if not isinstance(weight, NativeWeight) or not weight.gates:
             return super().linear_swiglu(x, weight)
         check_linear(x, weight.out_features, weight.in_features, None, None)
         out = _empty(len(x), weight.out_features // 2)
@@ -240,8 +240,29 @@ class NativeOperations(ReferenceOperations):
         return NativeOperations, (self.dtype,)
 
 
-class PackedWeight:
-    """A weight in fp32 or bf16, packed into panels for the kernels of one instruction set; bf16 is read directly.
+class NativeWeight:
+    """A weight `[out, in]` packed into panels for the kernels of one instruction set.
+
+    gates: its halves are whole panels, so that the first can gate the second on the way out.
+    """
+
+    def __init__(self, weight: torch.Tensor, kernels: Any) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.gates = len(weight) % (2 * kernels.panel) == 0
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+        check_linear(x, self.out_features, self.in_features, bias, out)
+        out = _empty(len(x), self.out_features) if out is None else out
+        self.multiply(x, bias, False, out)
+        return out
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool, out: torch.Tensor) -> None:
+        """Into `out` `[T, out]`; gated: `[T, out / 2]`, see kernels.h. Shapes have been checked."""
+        raise NotImplementedError
+
+
+class PackedWeight(NativeWeight):
+    """One in fp32 or bf16; bf16 is read directly.
 
     Where the processor multiplies bf16 much faster (AMX), a weight in fp32 all of whose numbers are bf16 ones, as those
     of published checkpoints are, is stored as such: the result is as exact.
@@ -249,8 +270,7 @@ class PackedWeight:
 
     def __init__(self, weight: torch.Tensor, kernels: Any, dtype: torch.dtype = torch.float32) -> None:
         check_weight(weight)
-        self.out_features, self.in_features = weight.shape
-        self.gates = len(weight) % (2 * kernels.panel) == 0
+        super().__init__(weight, kernels)
         self.dtype = dtype
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
         widened = dtype == torch.float32 and kernels.widened_is_faster and _is_bfloat16(source)
@@ -264,14 +284,7 @@ class PackedWeight:
             _pointer(self._packed, self._stored),
         )  # fmt: skip
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-        check_linear(x, self.out_features, self.in_features, bias, out)
-        out = _empty(len(x), self.out_features) if out is None else out
-        self.multiply(x, bias, False, out)
-        return out
-
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool, out: torch.Tensor) -> None:
-        """Into `out`, the first half of the outputs as gates of the second or not; shapes have been checked."""
         _done(self._linear(
             num_threads(), _pointer(x), x.stride(0), *x.shape, _pointer(self._packed, self._stored), self.out_features,
             _pointer(bias), gated, _pointer(out), out.stride(0),
@@ -284,8 +297,8 @@ class PackedWeight:
         return weight
 
 
-class Int8Weight:
-    """A weight quantised to int8 (7 bits used), one scale an output, packed like `PackedWeight`.
+class Int8Weight(NativeWeight):
+    """One quantised to int8 (7 bits used), a scale an output.
 
     A weight beyond five root mean squares of its output's is an outlier, kept in fp32 and multiplied apart: one of
     them would stretch the grid under all the others ("dense and sparse", arXiv 2306.07629).
@@ -293,8 +306,7 @@ class Int8Weight:
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None, kernels: Any) -> None:
         check_weight(weight, scales)
-        self.out_features, self.in_features = weight.shape
-        self.gates = len(weight) % (2 * kernels.panel) == 0
+        super().__init__(weight, kernels)
         self._kernels = kernels
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
         self._packed = _empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
@@ -314,14 +326,7 @@ class Int8Weight:
                 break
             count = found
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-        check_linear(x, self.out_features, self.in_features, bias, out)
-        out = _empty(len(x), self.out_features) if out is None else out
-        self.multiply(x, bias, False, out)
-        return out
-
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool, out: torch.Tensor) -> None:
-        """See `PackedWeight.multiply`."""
         _done(self._kernels.linear_i8(
             num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
             _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data, len(self._outliers),
