@@ -585,6 +585,20 @@ def test_rows_of_almost_nothing_stay_numbers():
     assert out.isfinite().all() and out[1].abs().max() <= 1e-30 and out[2].eq(0).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormals_are_zero_in_kernels_and_nowhere_else(isa, threads):
+    """They take a hundred times as long each, and sharp attention is full of them; the caller's arithmetic stays."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = torch.full((300, 64), 1e-39)
+        out = NativeOperations().prepare(torch.rand(64, 64) + 1000).matmul(x, None, None)
+    finally:
+        torch.set_num_threads(before)
+    assert out.eq(0).all()
+    assert np.float32(1e-39) * np.float32(0.5) > 0 and (x * 0.5 > 0).all()
+
+
 STARVED = """
 import resource, sys
 from pathlib import Path
