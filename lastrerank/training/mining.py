@@ -78,7 +78,6 @@ def mine_lists(
     pairs: Sequence[Pair],
     *,
     depth: int = 20,
-    skip_near: Callable[[int, int], bool] | None = None,
     teacher: Callable[[Pair, Sequence[int], Sequence[float]], Sequence[float]] | None = None,
     progress: bool | None = None,
 ) -> list[dict[str, Any]]:
@@ -88,7 +87,6 @@ def mine_lists(
         documents: texts.
         pairs: of all pools; a pool's documents are its pairs' positives.
         depth: negatives kept.
-        skip_near: (positive, candidate) -> whether the candidate is too close to the positive to be a negative.
         teacher: (pair, [positive, *negatives], BM25 scores as a share of the best) -> a logit for each.
         progress: as in `Reranker.rerank`.
 
@@ -112,9 +110,7 @@ def mine_lists(
                 share = {int(i): score / best for i, score in found}
                 texts = {documents[i] for i in answers[pair.query]}
                 negatives = [
-                    i for i in share
-                    if i not in answers[pair.query] and documents[i] not in texts
-                    and not (skip_near is not None and skip_near(pair.positive, i))
+                    i for i in share if i not in answers[pair.query] and documents[i] not in texts
                 ][:depth]  # fmt: skip
                 row: dict[str, Any] = {
                     "query": pair.query, "positive": pair.positive, "negatives": negatives, "pool": pool,

@@ -1,23 +1,25 @@
-"""Where training of a small checkpoint begins: weights that already read a list, built by hand.
+"""Weights of a small checkpoint that reads a list, built by hand.
 
 A small decoder does not find out from lists alone, in hours on a CPU, how a listwise prompt is read: which tokens are
 the query, where a document begins, that the same word in both means something. What pretraining gives a large decoder
-is written into this one's first three layers, as soft as training needs it:
+is written into this one's first three layers:
 
 0. (window of 128) In every token: does it stand between `Rank` and the first `<passage`, so in the query? Did a
-   `<passage` stand just before it, so is it in a document's header? Was the token before this digit a digit, and which?
-   A product with the first answer leaves, in query tokens only, a code of the word and its rarity.
-1. Two heads look for the query's word that is most like this token, in two random projections of the teacher's token
-   embeddings, and fetch its code: synonyms and other languages match as far as the teacher puts them together. If
-   none is alike the token finds itself, where no code is. A third head averages the digits of the nearest header: which
+   `<passage` stand just before it, so is it in a document's header; or within fifty tokens, so near its beginning? Were
+   the tokens before this digit digits, and which? Which signs had the token before? Products leave, in query tokens
+   only, the word's lights, and everywhere the signs of the pair of words.
+1. A head looks for the query's same word (its 32 signs agree) and fetches its lights; if there is none the token finds
+   itself, where no lights are. A second does so with pairs. A third averages the digits of the nearest header: which
    document this is.
-2. Every token averages its own document (equal numbers attract): meanings in four heads, in the fifth the matched
-   codes, which attract a little too. At a marker, that is the document's readout; at the last marker, the query's.
-3. Nearly nothing, to be learnt.
+2. Every token averages its own document (equal numbers attract): meanings in four heads, the lights that were found in
+   the fifth, those of pairs in the sixth, those found near the beginning in the seventh, headers (the shorter a
+   document, the more of it they are) in the last. At a marker, that is the document's readout; at the last marker, the
+   query's.
+3. Nearly nothing: left for training.
 
-The projector starts linear: averaged meanings to the teacher's embedding as well as ridge regression can, matched
-codes to channels of their own. So before any training a score is the teacher's cosine, roughly, plus the share of the
-query that is found in the document.
+A word that is found once in a page of a thousand tokens is a thousandth of its average. So the projector makes of every
+light that is on at all one that is full, in documents; in the query each is as bright as the word is rare. Their
+product is the share of the query that is found, by rarity; beside it stands the cosine of meanings.
 
 Rotary embedding turns channel pairs i and i + d/2 of a head by theta^(-2i/d) a position. What must not depend on the
 distance stands in pairs that turn by less than 1e-4 (theta is 1e12 for that), what must, in fast ones. A query `(1, 0)`
@@ -27,6 +29,7 @@ and a key `(a, b)` in such a pair give `a cos + b sin` of the angle between them
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,35 +39,47 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from lastrerank import saving
+from lastrerank.checkpoint import open_checkpoint
 from lastrerank.families.listwise import PROMPT
 from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, ListEncoder
 from lastrerank.packing import pack
 from lastrerank.random_checkpoint import CONTROL_TOKENS, write_random_checkpoint
 from lastrerank.reranker import Reranker
 from lastrerank.training.data import TrainingData
+from lastrerank.training.losses import rank_loss
 
-HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE = 320, 5, 64, 896
-TEACHER, LAYERS = 512, 4
+HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE = 576, 8, 64, 896
+LAYERS, PROJECTED = 4, 512
 
 # Channels of the residual stream.
 MEANING = slice(0, 255)  # the teacher's embedding of the token; the rarer the token, the longer
 CONSTANT = 255
-IN_QUERY, RANK, PASSAGE, RARITY, QUERY_RARITY, IN_HEADER = 256, 257, 258, 259, 260, 261
-MATCH = slice(264, 296)  # codes of the query's words
-DIGIT = slice(296, 306)  # which digit
-CLOSING = 306  # the closing query is like one more document
-DIGIT_BEFORE = slice(307, 317)  # in a digit after a digit: which
+IN_QUERY, RANK, PASSAGE, IN_HEADER, BEGINNING = range(256, 261)
+DIGIT = slice(261, 271)  # which digit
+CLOSING = 271  # the closing query is like one more document
+HUNDRED = 272  # two tokens before is a digit, too
+DIGIT_BEFORE = slice(273, 283)  # in a digit after a digit: which
 NUMBER = slice(DIGIT.start, DIGIT_BEFORE.stop)  # all of these are the code of a document's number
-MATCHED = 317  # rarity of the query's word that was matched
+SIGNS = slice(283, 315)  # of the word: +1 or -1 each, other words' agree by chance only
+SIGNS_BEFORE = slice(315, 347)  # of the word before it
+PAIR = slice(347, 379)  # their products, the signs of the two together
+LIGHTS = slice(379, 443)  # four are on, as bright as the word is rare; at a marker: those found near the beginning
+FOUND = slice(443, 507)  # lights of the query's same word; at a marker, the document's average
+PAIRS_FOUND = slice(507, 571)  # the same for pairs of words
+SHORT = 571  # at a marker: how much of the document is its header
+FEATURES = (FOUND, PAIRS_FOUND, LIGHTS)
+ON, GATE = 4, -4.0
 # These hold values up to `SCALE` and are scaled down by the norms; the others are about 1 in any channel.
 SCALE = 16
-LARGE = (CONSTANT, IN_QUERY, RANK, PASSAGE, RARITY, QUERY_RARITY, IN_HEADER, *range(NUMBER.start, NUMBER.stop))
+FIT_STEPS = 200
+FULL_SHORT = (2.5, 13.0)  # full in documents of less than a hundred tokens, and of five hundred
+LARGE = (CONSTANT, IN_QUERY, RANK, PASSAGE, IN_HEADER, BEGINNING, *range(NUMBER.start, NUMBER.stop))
 
 SHAPE: dict[str, Any] = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": INTERMEDIATE,
     "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": HEAD_DIM,
-    "max_position_embeddings": 32_768, "rope_theta": 1e12,
-    "projector": (2 * HIDDEN, TEACHER + MATCH.stop - MATCH.start + 32),  # 32 empty ones to be learnt
+    "max_position_embeddings": 32_768, "rope_theta": 1e12, "projector": (960, PROJECTED),
     "sliding_window": 128, "layer_types": ["sliding_attention"] + ["full_attention"] * 3,
     "lastrerank": {"max_query_length": 512, "max_doc_length": 2048},
 }  # fmt: skip
@@ -89,7 +104,7 @@ Noise = Callable[..., torch.Tensor]
 
 
 def initial_checkpoint(
-    folder: Path, tokenizer: Tokenizer, token_vectors: np.ndarray, data: TrainingData, fit_lists: int = 600
+    folder: Path, tokenizer: Tokenizer, token_vectors: np.ndarray, data: TrainingData, fit_lists: int = 300
 ) -> Path:
     """Write the checkpoint this module describes.
 
@@ -97,8 +112,9 @@ def initial_checkpoint(
         folder: where it goes.
         tokenizer: control tokens last; ` Rank`, `<passage` and `<query` are one token each.
         token_vectors: the teacher's embedding of each token's text `[V, 512]`.
-        data: lists with the teacher's embeddings.
-        fit_lists: of them the projector is fitted to; a tenth of it is looked at to centre the markers, eight times.
+        data: lists.
+        fit_lists: of them the weights of the features are fitted to; a tenth of it is looked at to centre the markers,
+            eight times.
     """
     write_random_checkpoint(folder, SHAPE, tokenizer=tokenizer, dtype=torch.float32, seed=1)
     path = folder / "model.safetensors"
@@ -113,21 +129,14 @@ def initial_checkpoint(
             tensor.fill_(1.0)
         if name.endswith("layernorm.weight") or name == "model.norm.weight":
             tensor[list(LARGE)] /= SCALE
-    width = MEANING.stop
-    likeness = noise(len(SLOW) ** -0.5 / SCALE, len(SLOW), width)
-    code = noise((MATCH.stop - MATCH.start) ** -0.5, MATCH.stop - MATCH.start, width)
     for index in range(LAYERS):
         layer = _Layer(state, index, noise)
         if index == 0:
-            _find_query_and_headers(layer, code)
+            _find_query_and_headers(layer)
         elif index == 1:
-            _match_and_number(layer, likeness, noise)
+            _match_and_number(layer)
         elif index == 2:
-            _average_documents(layer, noise)
-    # relu(x) - relu(-x) = x
-    identity = torch.eye(HIDDEN)
-    identity[CONSTANT, CONSTANT] = 0
-    state["projector.0.weight"] = torch.cat([identity, -identity]) + noise(0.002, 2 * HIDDEN, HIDDEN)
+            _average_documents(layer)
 
     def save() -> None:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
@@ -139,29 +148,30 @@ def initial_checkpoint(
         for row, found in zip(markers, _readouts(folder, data, 1000 * turn, fit_lists // 10)[:2], strict=True):
             table[row, MEANING] -= 0.3 * found.mean(0)[MEANING]
     save()
-    linear = _fitted_projection(*_readouts(folder, data, 10_000, fit_lists))
-    state["projector.2.weight"] = torch.cat([linear, -linear], 1)
-    save()
+    state["projector.0.weight"], state["projector.2.weight"] = _projector(folder, data, fit_lists)
+    checkpoint = open_checkpoint(folder)
+    raw = {**checkpoint.raw_config, "dtype": "bfloat16"}
+    raw["lastrerank"] = {name: value for name, value in raw["lastrerank"].items() if name != "random"}
+    halved = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    saving.save(folder, raw, tokenizer, checkpoint.tokenizer_config, halved)
     return folder
 
 
 class _Layer:
-    """One layer's weights, random and small, as views to write into."""
+    """One layer's weights as views to write into: random and small, reading and writing meanings alone."""
 
     def __init__(self, state: dict[str, torch.Tensor], index: int, noise: Noise) -> None:
         prefix = f"model.layers.{index}."
-        self.q, self.k = noise(0.06, HEADS * HEAD_DIM, HIDDEN), noise(0.06, HEADS * HEAD_DIM, HIDDEN)
-        self.v = noise(0.02, HEADS * HEAD_DIM, HIDDEN)
-        for weight in (self.q, self.k):
-            weight[:, CONSTANT] *= SCALE
-            weight[:, IN_QUERY : MATCHED + 1] = 0
-        self.v[:, CONSTANT] = 0
-        self.o = noise(0.003, HIDDEN, HEADS * HEAD_DIM)
+        heads = HEADS * HEAD_DIM
+        self.q, self.k, self.v = noise(0.06, heads, HIDDEN), noise(0.06, heads, HIDDEN), noise(0.02, heads, HIDDEN)
         self.gate, self.up = noise(0.06, INTERMEDIATE, HIDDEN), noise(0.06, INTERMEDIATE, HIDDEN)
-        self.down = noise(0.001, HIDDEN, INTERMEDIATE)
-        for weight in (self.gate, self.up):
-            weight[:, CONSTANT:] = 0
-        self.up[:, CONSTANT] = noise(0.3, INTERMEDIATE)
+        for weight in (self.q, self.k, self.v, self.gate, self.up):
+            weight[:, MEANING.stop :] = 0
+        for weight in (self.q, self.k, self.up):
+            weight[:, CONSTANT] = noise(0.3, len(weight))
+        self.o, self.down = noise(0.003, HIDDEN, heads), noise(0.001, HIDDEN, INTERMEDIATE)
+        for weight in (self.o, self.down):
+            weight[MEANING.stop :] = 0
         self.q_norm = state[f"{prefix}self_attn.q_norm.weight"]
         self.k_norm = state[f"{prefix}self_attn.k_norm.weight"]
         for name in "qkvo":
@@ -212,11 +222,18 @@ def _embeddings(
     meaning = centred @ directions[:, ::-1][:, MEANING]
     meaning *= rarity / (np.linalg.norm(meaning, axis=1, keepdims=True) + 1e-9)
 
-    table.copy_(noise(0.003, *table.shape))
-    table[:count, MEANING] += torch.tensor(meaning, dtype=torch.float32)
+    table.zero_()
+    table[:count, MEANING] = torch.tensor(meaning, dtype=torch.float32)
     table[:, CONSTANT] = 1
-    table[:, IN_QUERY:] = 0
-    table[:count, RARITY] = torch.tensor(rarity[:, 0], dtype=torch.float32)
+    for number in range(len(vectors)):
+        # The same word, in whatever case and with a space before it or not.
+        text = tokenizer.decode([number])
+        word = text.strip().lower() if text and "\ufffd" not in text else str(tokenizer.id_to_token(number))
+        draw = np.random.default_rng(zlib.crc32(word.encode()))
+        table[number, SIGNS] = torch.tensor(draw.choice([-0.25, 0.25], SIGNS.stop - SIGNS.start)).float()
+        on = draw.choice(LIGHTS.stop - LIGHTS.start, ON, replace=False)
+        if number < count:
+            table[number, LIGHTS.start + torch.tensor(on)] = float(rarity[number, 0]) / 4
     table[one(" Rank", "Rank"), RANK] = 1
     table[one('\n<passage id="', "<passage"), PASSAGE] = 1
     for digit in range(10):
@@ -226,8 +243,9 @@ def _embeddings(
     return table.mul_(SCALE)
 
 
-def _find_query_and_headers(layer: _Layer, code: torch.Tensor) -> None:
-    layer.sharpen([*NEAR, *(channel + 32 for channel in NEAR), 30, 31, 62, 63], 20.5)
+def _find_query_and_headers(layer: _Layer) -> None:
+    layer.sharpen([30, 31, 62, 63], 41.0)
+    layer.sharpen([*NEAR, *(channel + 32 for channel in NEAR)], 45.0)
     # `<passage` beats `Rank`, both beat the 126 others.
     head = layer.clear(4)
     layer.q[head + 63, CONSTANT], layer.q[head + 31, CONSTANT] = 0.8, 0.6
@@ -239,54 +257,70 @@ def _find_query_and_headers(layer: _Layer, code: torch.Tensor) -> None:
     # `<passage` within about five tokens; the others win against anything further away.
     head = layer.clear(3)
     near = [head + channel for channel in NEAR]
-    layer.q[[*near, head + 30], CONSTANT] = 1.0
-    layer.k[near, PASSAGE] = 2.0
-    layer.k[head + 30, CONSTANT] = 0.2
+    layer.q[near, CONSTANT], layer.k[near, PASSAGE] = 1.0, 2.0
+    layer.q[head + 30, CONSTANT], layer.k[head + 30, CONSTANT] = 1.08, 0.2
     layer.v[head, PASSAGE] = 4.0
     layer.o[IN_HEADER, head] = 5.0
-    # Digits look one token back, where other tokens look at themselves.
-    head = layer.clear(2)
-    layer.sharpen([0, 32], 40.0)
-    for pair, amplitude in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 0.5)):
-        turn = SHAPE["rope_theta"] ** (-2 * pair / HEAD_DIM)
-        back = torch.tensor([math.cos(turn), math.sin(turn)]) * amplitude
-        rows = [head + pair, head + pair + 32]
-        layer.k[rows, CONSTANT] = back
-        layer.q[rows, CONSTANT] = 0.5 * back
-        layer.q[rows[0], DIGIT] = SCALE * amplitude
-    layer.v[head : head + 10, DIGIT] = SCALE * torch.eye(10)
-    layer.o[DIGIT_BEFORE, head : head + 10] = 1.6 * torch.eye(10)
-    # SwiGLU is nearly a product when the gate is large: (in the query) times (code, rarity).
-    codes = len(code)
-    layer.gate[: codes + 1] = 0
-    layer.up[: codes + 1] = 0
-    layer.down[:, : codes + 1] = 0
-    layer.gate[: codes + 1, IN_QUERY] = 4.0
-    layer.up[:codes, MEANING] = code
-    layer.up[codes, RARITY] = 1.0
-    layer.down[MATCH, :codes] = 0.25 * torch.eye(codes)
-    layer.down[QUERY_RARITY, codes] = 4.0
+    # `<passage` within about fifty.
+    head = layer.clear(5)
+    layer.q[[head + 4, head + 5], CONSTANT] = 1.0
+    layer.k[[head + 4, head + 5], PASSAGE] = 2.0
+    layer.q[head + 30, CONSTANT], layer.k[head + 30, CONSTANT] = 0.49, 0.2
+    layer.v[head, PASSAGE] = 4.0
+    layer.o[BEGINNING, head] = 5.0
+    # Digits look one token back, where other tokens look at themselves; every token looks one back, and two.
+    layer.sharpen([0, 32], 80.0)
+    for number, back, everyone in ((2, 1, False), (1, 1, True), (0, 2, True)):
+        head = layer.clear(number)
+        for pair, amplitude in ((0, 1.0), (1, 0.5), (2, 0.5), (3, 0.5)):
+            turn = back * SHAPE["rope_theta"] ** (-2 * pair / HEAD_DIM)
+            key = torch.tensor([math.cos(turn), math.sin(turn)]) * amplitude
+            rows = [head + pair, head + pair + 32]
+            layer.k[rows, CONSTANT] = key
+            if everyone:
+                layer.q[rows[0], CONSTANT] = amplitude
+            else:
+                layer.q[rows, CONSTANT] = 0.5 * key
+                layer.q[rows[0], DIGIT] = SCALE * amplitude
+    digits, signs = DIGIT.stop - DIGIT.start, SIGNS.stop - SIGNS.start
+    two, one, zero = (head * HEAD_DIM for head in (2, 1, 0))
+    layer.v[two : two + digits, DIGIT] = SCALE * torch.eye(digits)
+    layer.o[DIGIT_BEFORE, two : two + digits] = 1.6 * torch.eye(digits)
+    layer.v[one : one + signs, SIGNS] = torch.eye(signs)
+    layer.o[SIGNS_BEFORE, one : one + signs] = torch.eye(signs)
+    layer.v[zero, DIGIT] = SCALE
+    layer.o[HUNDRED, zero] = 2.0
+    # SwiGLU is nearly a product when the gate is large: (in the query) times (lights), (sign) times (sign before).
+    lights = LIGHTS.stop - LIGHTS.start
+    used = lights + 2 * signs
+    for weight in (layer.gate, layer.up):
+        weight[:used] = 0
+    layer.down[:, :used] = 0
+    layer.gate[:lights, IN_QUERY] = 4.0
+    layer.up[:lights, LIGHTS] = 4.0 * torch.eye(lights)
+    layer.down[FOUND, :lights] = 0.25 * torch.eye(lights)
+    for first, sign in ((lights, 1.0), (lights + signs, -1.0)):
+        layer.gate[first : first + signs, SIGNS] = sign * 4 * torch.eye(signs)
+        layer.up[first : first + signs, SIGNS_BEFORE] = sign * torch.eye(signs)
+        layer.down[PAIR, first : first + signs] = 0.25 * torch.eye(signs)
 
 
-def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> None:
-    layer.sharpen(slice(None), 30.0)
+def _match_and_number(layer: _Layer) -> None:
+    layer.sharpen(slice(None), 160.0)
     # Not 63, where the first two heads hold a flag: pair 31 needs its cosine only.
     nearest = [*NEAREST, *(pair + 32 for pair in NEAREST if pair != 31)]
     layer.sharpen(nearest, NEAREST_LOGIT)
     for weight in (layer.q, layer.k):
-        weight[[head * HEAD_DIM + channel for head in (3, 4) for channel in nearest]] = 0
-    codes = MATCH.stop - MATCH.start
-    for number, projection in ((0, likeness), (1, noise(len(SLOW) ** -0.5 / SCALE, *likeness.shape))):
+        weight[[head * HEAD_DIM + channel for head in range(3, HEADS) for channel in nearest]] = 0
+    signs, lights = SIGNS.stop - SIGNS.start, LIGHTS.stop - LIGHTS.start
+    for number, same, found, flag in ((0, SIGNS, FOUND, 4.0), (1, PAIR, PAIRS_FOUND, 2.5)):
         head = layer.clear(number)
-        slow = [head + channel for channel in SLOW]
-        layer.q[slow, MEANING] = layer.k[slow, MEANING] = projection
-        # Being in the query is an advantage, in proportion to the word's rarity; common words look nowhere.
-        layer.q[head + 63, RARITY] = 0.5
-        layer.k[head + 63, RARITY], layer.k[head + 63, QUERY_RARITY] = -0.5, 1.0
-        layer.q[head + 62, CONSTANT] = layer.k[head + 30, CONSTANT] = 0.1
-        layer.v[head : head + codes, MATCH] = layer.o[MATCH, head : head + codes] = torch.eye(codes)
-        layer.v[head + codes, QUERY_RARITY] = 1.0
-        layer.o[MATCHED, head + codes] = SCALE
+        rows = [head + channel for channel in SLOW[:signs]]
+        layer.q[rows, same] = layer.k[rows, same] = torch.eye(signs) / 4
+        # Being in the query is an advantage: less than being the same word, more than being the same word elsewhere.
+        layer.q[head + 63, CONSTANT] = layer.k[head + 63, IN_QUERY] = flag
+        layer.v[head : head + lights, FOUND] = torch.eye(lights)
+        layer.o[found, head : head + lights] = torch.eye(lights)
     head, numbers = layer.clear(COUNTING_HEAD), NUMBER.stop - NUMBER.start
     for pair, (query, cosine, sine) in NEAREST.items():
         layer.q[head + pair, CONSTANT] = query
@@ -298,73 +332,118 @@ def _match_and_number(layer: _Layer, likeness: torch.Tensor, noise: Noise) -> No
     layer.o[NUMBER, head : head + numbers] = 1.3 * torch.eye(numbers)
 
 
-def _average_documents(layer: _Layer, noise: Noise) -> None:
+def _average_documents(layer: _Layer) -> None:
     layer.sharpen(slice(None), 60.0)
-    layer.v[:] = 4 * (torch.eye(HIDDEN) + noise(0.005, HIDDEN, HIDDEN))
-    layer.v[:, CONSTANT : MATCH.start] = 0
-    layer.v[:, NUMBER] = 0
-    layer.o[:] = 4 * (torch.eye(HIDDEN) + noise(0.002, HIDDEN, HIDDEN))
-    numbers = NUMBER.stop - NUMBER.start
-    for weight in (layer.q, layer.k):
-        weight.zero_()
-        for number in range(HEADS):
-            head = number * HEAD_DIM
+    layer.sharpen([*SLOW, 63], 200.0)
+    numbers, lights = NUMBER.stop - NUMBER.start, LIGHTS.stop - LIGHTS.start
+    for number in range(HEADS):
+        head = layer.clear(number)
+        for weight in (layer.q, layer.k):
             weight[[head + channel for channel in SLOW[:numbers]], NUMBER] = torch.eye(numbers) * SCALE / 20
             weight[head + 62, CONSTANT] = 0.05
-    # The closing query has no space before its first word, the opening one has: codes are found there.
-    layer.k[[number * HEAD_DIM + SLOW[CLOSING - NUMBER.start] for number in range(HEADS)], IN_QUERY] = 1.0
-    # How much more than other words the query's own count in the average of codes.
-    layer.q[4 * HEAD_DIM + 63, CONSTANT], layer.k[4 * HEAD_DIM + 63, MATCHED] = 0.3, 0.04
+        # What stands in the opening query belongs to the closing one, too: a word may be spelt otherwise there.
+        layer.k[head + SLOW[CLOSING - NUMBER.start], IN_QUERY] = 1.0
+        if number < 4:
+            part = slice(HEAD_DIM * number, min(HEAD_DIM * (number + 1), MEANING.stop))
+            width, target, gain = part.stop - part.start, part, 4.0
+        elif number == 7:
+            part, target, width, gain = slice(IN_HEADER, IN_HEADER + 1), slice(SHORT, SHORT + 1), 1, 4.0
+        else:
+            part, target, width, gain = (FOUND, PAIRS_FOUND, FOUND)[number - 4], FEATURES[number - 4], lights, 16.0
+        layer.v[head : head + width, part] = gain * torch.eye(width)
+        layer.o[target, head : head + width] = 4 * torch.eye(width)
+    layer.q[6 * HEAD_DIM + 63, CONSTANT] = layer.k[6 * HEAD_DIM + 63, BEGINNING] = 0.5
 
 
-def restore_counting(state: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> None:
-    """Put queries and keys of the head that finds the nearest header back to what they were, in place.
+def _projector(folder: Path, data: TrainingData, lists: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `[H, D]` and `[P, H]`: meanings as they are; of a document every light that is on at all, of the query
+    each as bright as it is; and a constant in documents alone, so that what is found hardly makes them longer.
 
-    Its logits are so large that a training's small steps decide between the digits of a number, and lists of twenty
-    teach nothing about numbers beyond: twenty-seven would be read as two.
-
-    Args:
-        state: trained weights by their published names, in any dtype.
-        start: weights that `initial_checkpoint` wrote.
+    How much each counts is fitted to the lists' labels.
     """
-    head = slice(COUNTING_HEAD * HEAD_DIM, (COUNTING_HEAD + 1) * HEAD_DIM)
-    for name in "qk":
-        key = f"model.layers.1.self_attn.{name}_proj.weight"
-        state[key][head] = start[key][head].to(state[key].dtype)
+    docs, queries, shapes = _readouts(folder, data, 10_000, lists)
+    state = load_file(folder / "model.safetensors")
+    rows = torch.cat([docs, queries])
+    normed = torch.nn.functional.rms_norm(rows, (HIDDEN,), state["model.norm.weight"], eps=1e-6)
+    # Logarithms: of how little is full, and of its shares in a document and in the query, for each of `FEATURES`; of
+    # meaning's and the constant's share, and the temperature's inverse. How much being short counts has a sign.
+    full, shown, asked = torch.full((3,), 4.0), torch.zeros(3), torch.zeros(3)
+    rest, short = torch.tensor([0.5, 1.5, 2.0]), torch.zeros(len(FULL_SHORT))
+    parameters = [full, shown, asked, rest, short]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    counts = [count for _, count in shapes]
+    for _ in range(FIT_STEPS):
+        meaning, constant, scale = rest.exp()
+        w1, w2 = _weighed(full.exp(), shown.exp(), asked.exp(), meaning, constant, short)
+        vectors = torch.nn.functional.normalize(torch.relu(normed @ w1.t()) @ w2.t(), dim=1)
+        total = torch.zeros(())
+        for own, query, (positive, _) in zip(
+            vectors[: len(docs)].split(counts), vectors[len(docs) :].unbind(), shapes, strict=True
+        ):
+            total = total + rank_loss(scale * (own @ query), positive, 1.0)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    return w1.detach(), w2.detach()
 
 
-def _fitted_projection(
-    docs: torch.Tensor, queries: torch.Tensor, doc_targets: torch.Tensor, query_targets: torch.Tensor
-) -> torch.Tensor:
-    """Readouts `[N, D]` to vectors: `[P, D]`, fitted to the teacher's embeddings in the first 512 of P."""
-    normed = torch.nn.functional.rms_norm(torch.cat([docs, queries.repeat_interleave(4, 0)]), (HIDDEN,), eps=1e-6)
-    matches = normed[: len(docs), MATCH].norm(dim=1).mean()
-    normed = normed.double()
-    normed[:, CONSTANT:] = 0
-    targets = torch.cat([doc_targets, query_targets.repeat_interleave(4, 0)]).double()
-    gram = normed.t() @ normed
-    ridge = 0.003 * gram.diag()[MEANING].mean() * torch.eye(HIDDEN, dtype=torch.float64)
-    linear = torch.linalg.solve(gram + ridge, normed.t() @ targets).t().float()
-    linear /= (normed.float() @ linear.t()).norm(dim=1).mean()
-    codes = MATCH.stop - MATCH.start
-    projection = torch.zeros(SHAPE["projector"][1], HIDDEN)
-    projection[:TEACHER] = linear
-    projection[TEACHER : TEACHER + codes, MATCH] = torch.eye(codes) / matches
-    return projection
+def _weighed(
+    full: torch.Tensor,
+    shown: torch.Tensor,
+    asked: torch.Tensor,
+    meaning: torch.Tensor,
+    constant: torch.Tensor,
+    short: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A projector; differentiable. The first three `[3]`, a number for each of `FEATURES`; short `[2]`."""
+    lights, width = LIGHTS.stop - LIGHTS.start, MEANING.stop
+    w1, w2 = torch.zeros(SHAPE["projector"][0], HIDDEN), torch.zeros(PROJECTED, SHAPE["projector"][0])
+    eye, constants = torch.eye(lights), width + len(FEATURES) * lights
+    ones = 0  # a hidden unit that is one in documents
+    w1[ones, CONSTANT], w1[ones, CLOSING] = 1.0, GATE
+    w2[constants, ones] = constant
+
+    def full_at(rows: slice, feature: Any, brightness: torch.Tensor | float) -> None:
+        """1 - min(brightness * feature, 1), in documents."""
+        w1[rows, CONSTANT], w1[rows, CLOSING] = 1.0, GATE
+        w1[rows, feature] = -brightness * torch.eye(rows.stop - rows.start)
+
+    first = 1
+    for number, feature in enumerate(FEATURES):
+        dark, linear = slice(first, first + lights), slice(first + lights, first + 2 * lights)
+        rows = slice(width + lights * number, width + lights * (number + 1))
+        full_at(dark, feature, full[number])
+        w2[rows, ones], w2[rows, dark] = shown[number], -eye * shown[number]
+        w1[linear, feature], w2[rows, linear] = eye, eye * asked[number]
+        first = linear.stop
+    w1[first : first + 2 * width, MEANING] = torch.cat([torch.eye(width), -torch.eye(width)])
+    w2[:width, first : first + 2 * width] = torch.cat([torch.eye(width), -torch.eye(width)], 1) * meaning
+    first += 2 * width
+    w1[first, CLOSING] = w2[constants + 1, first] = 1.0  # in the query: for what is true of a document anyway
+    for number, brightness in enumerate(FULL_SHORT):
+        first += 1
+        full_at(slice(first, first + 1), slice(SHORT, SHORT + 1), brightness)
+        w2[constants + 1, first] = -short[number]
+    w2[constants + 1, ones] = short.sum()
+    return w1, w2
 
 
-def _readouts(folder: Path, data: TrainingData, first: int, count: int) -> tuple[torch.Tensor, ...]:
-    """Residuals at documents' and queries' rows of lists `first ...`, and the teacher's embeddings of the same."""
-    reranker = Reranker.from_pretrained(folder, device="cpu", backend="reference")
+def _readouts(
+    folder: Path, data: TrainingData, first: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """Residuals at documents' and queries' rows of lists `first ...`; each list's positive and number of documents."""
+    reranker = Reranker.from_pretrained(folder, device="cpu")
     encoder = ListEncoder(reranker.checkpoint.tokenizer, PROMPT)
-    found: list[list[torch.Tensor]] = [[], [], [], []]
+    docs, queries, shapes = [], [], []
     for number in range(first, first + count):
-        example = data.draw(11, number, hard=4, easy=4)
+        example = data.draw(11, number, hard=12, easy=0)
         query = encoder.cut([example.query], 32)[0]
-        block = encoder.encode_block(query, encoder.cut(example.documents, 96))
+        block = encoder.encode_block(query, encoder.cut(example.documents, 512))
         with torch.inference_mode():
             rows = reranker.model.hidden_states(pack([block], torch.device("cpu")))
-        targets = (example.document_vectors, np.asarray(example.query_vector)[None])
-        for store, value in zip(found, (rows[:-1], rows[-1:], *targets), strict=True):
-            store.append(torch.as_tensor(np.asarray(value, dtype=np.float32)))
-    return tuple(torch.cat(parts) for parts in found)
+        docs.append(rows[:-1].float())
+        queries.append(rows[-1:].float())
+        shapes.append((example.positive, len(example.documents)))
+    return torch.cat(docs), torch.cat(queries), shapes
