@@ -69,12 +69,14 @@ FOUND = slice(443, 507)  # lights of the query's same word; at a marker, the doc
 PAIRS_FOUND = slice(507, 571)  # the same for pairs of words
 SHORT = 571  # at a marker: how much of the document is its header
 FEATURES = (FOUND, PAIRS_FOUND, LIGHTS)
-ON, GATE = 4, -4.0
 # These hold values up to `SCALE` and are scaled down by the norms; the others are about 1 in any channel.
 SCALE = 16
-FIT_STEPS = 200
-FULL_SHORT = (2.5, 13.0)  # full in documents of less than a hundred tokens, and of five hundred
 LARGE = (CONSTANT, IN_QUERY, RANK, PASSAGE, IN_HEADER, BEGINNING, *range(NUMBER.start, NUMBER.stop))
+
+ON = 4  # lights of a word
+FULL_SHORT = (2.5, 13.0)  # factors of `SHORT` by which it is full below a hundred tokens, and below five hundred
+GATE = -4.0  # closes a hidden unit of the projector at the query's readout
+FIT_STEPS = 200
 
 SHAPE: dict[str, Any] = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "intermediate_size": INTERMEDIATE,
@@ -123,7 +125,7 @@ def initial_checkpoint(
     def noise(std: float, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * std
 
-    table = _embeddings(state["model.embed_tokens.weight"], tokenizer, token_vectors, data, noise)
+    table = _embeddings(state["model.embed_tokens.weight"], tokenizer, token_vectors, data)
     for name, tensor in state.items():
         if "norm" in name:
             tensor.fill_(1.0)
@@ -193,7 +195,7 @@ class _Layer:
 
 
 def _embeddings(
-    table: torch.Tensor, tokenizer: Tokenizer, vectors: np.ndarray, data: TrainingData, noise: Noise
+    table: torch.Tensor, tokenizer: Tokenizer, vectors: np.ndarray, data: TrainingData
 ) -> torch.Tensor:
     """Fill the embedding table `[V, D]`: principal directions of the teacher's, words of the prompt, digits."""
 
