@@ -35,8 +35,8 @@ void wait_actively(const Condition& condition) {
   } while (std::chrono::steady_clock::now() < until);
 }
 
-// While tasks run, numbers below 1.2e-38 are zero, in this thread: they change no score, and the processor takes a hundred
-// times as long for each (a trained softmax leaves many).
+// While tasks run, numbers below 1.2e-38 are zero, in this thread: they change no score, and the processor is slow at them
+// (sharp attention leaves many).
 class TinyIsZero {
  public:
 #if defined(__x86_64__)

@@ -587,7 +587,7 @@ def test_rows_of_almost_nothing_stay_numbers():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_denormals_are_zero_in_kernels_and_nowhere_else(isa, threads):
-    """They take a hundred times as long each, and sharp attention is full of them; the caller's arithmetic stays."""
+    """They are slow, and sharp attention is full of them; the caller's arithmetic stays as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

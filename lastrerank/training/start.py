@@ -285,13 +285,13 @@ def _find_query_and_headers(layer: _Layer) -> None:
                 layer.q[rows, CONSTANT] = 0.5 * key
                 layer.q[rows[0], DIGIT] = SCALE * amplitude
     digits, signs = DIGIT.stop - DIGIT.start, SIGNS.stop - SIGNS.start
-    two, one, zero = (head * HEAD_DIM for head in (2, 1, 0))
-    layer.v[two : two + digits, DIGIT] = SCALE * torch.eye(digits)
-    layer.o[DIGIT_BEFORE, two : two + digits] = 1.6 * torch.eye(digits)
-    layer.v[one : one + signs, SIGNS] = torch.eye(signs)
-    layer.o[SIGNS_BEFORE, one : one + signs] = torch.eye(signs)
-    layer.v[zero, DIGIT] = SCALE
-    layer.o[HUNDRED, zero] = 2.0
+    of_digit, of_signs, of_hundred = (head * HEAD_DIM for head in (2, 1, 0))
+    layer.v[of_digit : of_digit + digits, DIGIT] = SCALE * torch.eye(digits)
+    layer.o[DIGIT_BEFORE, of_digit : of_digit + digits] = 1.6 * torch.eye(digits)
+    layer.v[of_signs : of_signs + signs, SIGNS] = torch.eye(signs)
+    layer.o[SIGNS_BEFORE, of_signs : of_signs + signs] = torch.eye(signs)
+    layer.v[of_hundred, DIGIT] = SCALE
+    layer.o[HUNDRED, of_hundred] = 2.0
     # SwiGLU is nearly a product when the gate is large: (in the query) times (lights), (sign) times (sign before).
     lights = LIGHTS.stop - LIGHTS.start
     used = lights + 2 * signs
@@ -337,23 +337,23 @@ def _match_and_number(layer: _Layer) -> None:
 def _average_documents(layer: _Layer) -> None:
     layer.sharpen(slice(None), 60.0)
     layer.sharpen([*SLOW, 63], 200.0)
-    numbers, lights = NUMBER.stop - NUMBER.start, LIGHTS.stop - LIGHTS.start
-    for number in range(HEADS):
+    numbers = NUMBER.stop - NUMBER.start
+    meanings = [slice(first, min(first + HEAD_DIM, MEANING.stop)) for first in range(0, MEANING.stop, HEAD_DIM)]
+    # What each head averages, where to, and by what it is enlarged: what is found is rare.
+    averages = [(part, part, 4.0) for part in meanings]
+    averages += [(FOUND, FOUND, 16.0), (PAIRS_FOUND, PAIRS_FOUND, 16.0), (FOUND, LIGHTS, 16.0)]
+    averages += [(slice(IN_HEADER, IN_HEADER + 1), slice(SHORT, SHORT + 1), 4.0)]
+    for number, (source, target, gain) in enumerate(averages):
         head = layer.clear(number)
         for weight in (layer.q, layer.k):
             weight[[head + channel for channel in SLOW[:numbers]], NUMBER] = torch.eye(numbers) * SCALE / 20
             weight[head + 62, CONSTANT] = 0.05
         # What stands in the opening query belongs to the closing one, too: a word may be spelt otherwise there.
         layer.k[head + SLOW[CLOSING - NUMBER.start], IN_QUERY] = 1.0
-        if number < 4:
-            part = slice(HEAD_DIM * number, min(HEAD_DIM * (number + 1), MEANING.stop))
-            width, target, gain = part.stop - part.start, part, 4.0
-        elif number == 7:
-            part, target, width, gain = slice(IN_HEADER, IN_HEADER + 1), slice(SHORT, SHORT + 1), 1, 4.0
-        else:
-            part, target, width, gain = (FOUND, PAIRS_FOUND, FOUND)[number - 4], FEATURES[number - 4], lights, 16.0
-        layer.v[head : head + width, part] = gain * torch.eye(width)
+        width = source.stop - source.start
+        layer.v[head : head + width, source] = gain * torch.eye(width)
         layer.o[target, head : head + width] = 4 * torch.eye(width)
+    # The seventh: tokens near the beginning win.
     layer.q[6 * HEAD_DIM + 63, CONSTANT] = layer.k[6 * HEAD_DIM + 63, BEGINNING] = 0.5
 
 
