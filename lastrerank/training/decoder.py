@@ -31,6 +31,8 @@ PROJECTED = 256
 CAPS = ("max_query_length", "max_doc_length")
 # Tokens of a list of a few short documents.
 LEAST_CONTEXT = 1024
+# What decoders of these families end a turn or a text with.
+_ENDS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>")
 # Lists whose readouts are looked at.
 LISTS = 60
 
@@ -106,12 +108,13 @@ def listwise_start(
     rows = -(-max(tokenizer.get_vocab_size(), raw["vocab_size"]) // 64) * 64
     table = state["model.embed_tokens.weight"].float()
     generator = torch.Generator().manual_seed(config.seed)
-    # A new control token is like nothing else, and as large as what is common.
     spread = table.std(0) * torch.randn(rows, table.shape[1], generator=generator)
     larger = table.mean(0) + spread
     larger[: len(table)] = table
-    for token in missing:
-        larger[tokenizer.token_to_id(token)] = table.mean(0) + spread[tokenizer.token_to_id(token)]
+    # A marker begins much like the decoder's own end of a text, which has learnt to look back, or like nothing else.
+    last = next((end for name in _ENDS if (end := tokenizer.token_to_id(name)) is not None), None)
+    for marker in map(tokenizer.token_to_id, missing):
+        larger[marker] = table.mean(0) + spread[marker] if last is None else table[last] + 0.3 * spread[marker]
     state["model.embed_tokens.weight"] = larger
     raw["vocab_size"] = rows
 
@@ -161,7 +164,7 @@ def _readouts(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     config, documents, queries = trainer.config, [], []
     for number in range(LISTS):
         example = trainer.data.draw(config.seed, number, config.hard, config.easy)
-        normed, _, _ = trainer.readouts([example], [False])
+        normed, _ = trainer.readouts([example])
         documents.append(normed[:-1])
         queries.append(normed[-1:])
     return torch.cat(documents), torch.cat(queries)

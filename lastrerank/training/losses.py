@@ -34,8 +34,3 @@ def distill_loss(scores: torch.Tensor, teacher: torch.Tensor, t: float) -> torch
     """`KL(softmax(teacher) || softmax(scores / t))`: teacher `[N]` are logits, scores `[N]` cosines."""
     target = torch.softmax(teacher.float(), 0)
     return F.kl_div(torch.log_softmax(scores / t, 0), target, reduction="sum")
-
-
-def embedding_loss(vectors: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean of `1 - cos` between vectors `[N, P]` and a teacher's embeddings of the same texts `[N, P]`."""
-    return 1 - F.cosine_similarity(vectors.float(), teacher.float(), dim=-1).mean()

@@ -173,7 +173,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 def _data_digest(folder: Path) -> str:
     """Of every file that training reads there."""
     stems = ("lists.jsonl", "pairs.jsonl", "documents.jsonl")
-    names = [stem + suffix for stem in stems for suffix in ("", ".gz")] + ["document_vectors.npy", "query_vectors.npy"]
+    names = [stem + suffix for stem in stems for suffix in ("", ".gz")]
     return digest(*(part for name in names if (folder / name).is_file() for part in (name, folder / name)))
 
 
@@ -243,7 +243,7 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     steps = [row for row in records if "grad_norm" in row]
     window = max(1, len(steps) // 50)
-    for name in ("rank", "disperse", "dual", "similar", "distill", "embedding"):
+    for name in ("rank", "disperse", "dual", "similar", "distill"):
         own = [(row["step"], row[name]) for row in steps if name in row]
         means = [sum(v for _, v in own[i : i + window]) / len(own[i : i + window]) for i in range(0, len(own), window)]
         if own:

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -25,20 +26,23 @@ from lastrerank.lists import ListEncoder, ListPrompt
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import pack
+from lastrerank.prompt import EncodedBlock
 from lastrerank.readouts import Projector
 from lastrerank.stored import read_json
 from lastrerank.training.data import TrainingData, TrainingList
-from lastrerank.training.losses import cosine, disperse_loss, distill_loss, embedding_loss, rank_loss, similar_loss
+from lastrerank.training.losses import cosine, disperse_loss, distill_loss, rank_loss, similar_loss
+from lastrerank.training.operations import TrainingOperations
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """steps of lists_per_step lists each. Weights are those of the paper; 0 leaves a loss out.
 
-    hard and easy: negatives per list, mined and random; during the first `easy_start` of the steps half of the hard
-    ones are random instead. doc_tokens: documents are cut here, or, with doc_tokens_least, those of a list at a number
-    drawn between the two, short ones as often as long ones by factors. dual and similar are applied to a random half
-    and a random eighth of the lists (they change the prompt). temperature falls linearly from the first to the second.
+    hard and easy: negatives per list, mined and random; with hard_least, the mined ones are as many as is drawn between
+    the two. During the first `easy_start` of the steps half of them are random instead. doc_tokens: documents are cut
+    here, or, with doc_tokens_least, those of a list at a number drawn between the two, short ones as often as long ones
+    by factors. dual and similar are applied to a random half and a random eighth of the lists (they change the prompt).
+    temperature falls linearly from the first to the second.
     average: decay, a step, of a running mean of the weights, which is what checkpoints hold (the paper merges some at
     the end); 0 for the weights themselves. constant: the learning rate stays where it is after the warm-up, for a
     training that is to go on as long as it gets better; else it falls by a cosine.
@@ -49,6 +53,7 @@ class TrainingConfig:
     steps: int = 1000
     lists_per_step: int = 4
     hard: int = 8
+    hard_least: int = 0
     easy: int = 4
     easy_start: float = 0.15
     doc_tokens: int = 96
@@ -64,7 +69,6 @@ class TrainingConfig:
     dual: float = 0.85
     similar: float = 0.85
     distill: float = 0.0
-    embedding: float = 0.0
     average: float = 0.0
     constant: bool = False
     lora_rank: int = 0
@@ -128,8 +132,10 @@ class Trainer:
             raise ValueError(f"lora_rank is {config.lora_rank}: {checkpoint.name} is {what}; save it as a whole first")
         if not config.average < 1:
             raise ValueError(f"average is {config.average}, expected less than 1")
-        if config.doc_tokens_least > config.doc_tokens:
-            raise ValueError(f"doc_tokens_least is {config.doc_tokens_least}, doc_tokens {config.doc_tokens}")
+        for name in ("hard", "doc_tokens"):
+            least, most = getattr(config, f"{name}_least"), getattr(config, name)
+            if least > most:
+                raise ValueError(f"{name}_least is {least}, {name} {most}")
         self.identity = dict(identity or {})
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
@@ -142,7 +148,8 @@ class Trainer:
             parameter.requires_grad_()
         self.encoder = ListEncoder(checkpoint.tokenizer, prompt)
         self.dual_encoder = ListEncoder(checkpoint.tokenizer, GGUF_PROMPT)
-        self.operations = ReferenceOperations()
+        serve = TrainingOperations.serve(self.device)
+        self.operations = TrainingOperations() if serve else ReferenceOperations()
         self._trained = list(trained.values())
         embedding = [p for n, p in trained.items() if "embed_tokens" in n]
         matrices = [p for n, p in trained.items() if p.ndim == 2 and "embed_tokens" not in n]
@@ -164,63 +171,86 @@ class Trainer:
         self, log: IO[str], *, until: int | None = None, on_step: Callable[[], None] | None = None
     ) -> None:
         """Train to the end of the recipe, or to step `until`. Writes a JSON line a step, then calls on_step."""
-        config = self.config
-        last = config.steps if until is None else min(until, config.steps)
-        while self.step < last:
-            started = time.perf_counter()
-            rate = _schedule(self.step, config)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            losses, tokens = self._accumulate()
-            norm = float(torch.nn.utils.clip_grad_norm_(self._trained, 1.0))
-            if not math.isfinite(norm):
-                raise RuntimeError(f"step {self.step}: the gradient is not finite ({losses})")
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            self._average()
-            seconds = time.perf_counter() - started
-            record = {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
-            log.write(json.dumps(record | {"tokens_per_s": tokens / seconds}) + "\n")
-            log.flush()
-            if on_step is not None:
-                on_step()
+        last = self.config.steps if until is None else min(until, self.config.steps)
+        with ThreadPoolExecutor(1, thread_name_prefix="lastrerank-lists") as ahead:
+            following = ahead.submit(self._draw, self.step)
+            while self.step < last:
+                started = time.perf_counter()
+                drawn = following.result()
+                if self.step + 1 < last:
+                    following = ahead.submit(self._draw, self.step + 1)  # while this step is computed
+                record = self._train_step(*drawn)
+                record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - started)
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if on_step is not None:
+                    on_step()
 
-    def _accumulate(self) -> tuple[dict[str, float], int]:
-        """Gradients of one step, summed over its lists; mean losses and tokens."""
+    def _train_step(
+        self, examples: Sequence[TrainingList], duals: Sequence[bool], blocks: Sequence[EncodedBlock]
+    ) -> dict[str, Any]:
+        """One step of the optimiser; what the log says of it."""
+        rate = _schedule(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        losses = self._accumulate(examples, duals, blocks)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained, 1.0))
+        if not math.isfinite(norm):
+            raise RuntimeError(f"step {self.step}: the gradient is not finite ({losses})")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self._average()
+        tokens = sum(map(len, blocks))
+        return {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
+
+    def _draw(self, step: int) -> tuple[list[TrainingList], list[bool], list[EncodedBlock]]:
+        """The lists of a step, which of them have the query early, too, and their prompts."""
         config = self.config
-        t0, t1 = config.temperature
-        t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
-        early = self.step < config.easy_start * config.steps
+        early = step < config.easy_start * config.steps
         examples, duals = [], []
-        for number in range(self.step * config.lists_per_step, (self.step + 1) * config.lists_per_step):
+        for number in range(step * config.lists_per_step, (step + 1) * config.lists_per_step):
             similar = config.similar > 0 and number % 8 == 7
             duals.append(config.dual > 0 and number % 2 == 0)
-            hard, easy = (config.hard // 2, config.easy + config.hard - config.hard // 2) if early else (
-                config.hard, config.easy)
+            hard, easy = config.hard, config.easy
+            if config.hard_least:
+                hard = random.Random(f"{config.seed}/{number}/hard").randint(config.hard_least, hard)
+            if early:
+                hard, easy = hard // 2, easy + hard - hard // 2
             if similar:  # a list of twice the documents
                 hard, easy = hard // 2, easy // 2
             examples.append(self.data.draw(config.seed, number, hard, easy, augment=similar))
-        readouts, projector, tokens = self.readouts(examples, duals)
+        return examples, duals, self._blocks(examples, duals)
+
+    def _accumulate(
+        self, examples: Sequence[TrainingList], duals: Sequence[bool], blocks: Sequence[EncodedBlock]
+    ) -> dict[str, float]:
+        """Gradients of one step, summed over its lists; mean losses."""
+        config = self.config
+        t0, t1 = config.temperature
+        t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
+        readouts, projector = self._read(blocks)
         vectors = torch.relu(readouts @ projector.w1.t()) @ projector.w2.t()
 
         weights = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
-                   "distill": config.distill, "embedding": config.embedding}  # fmt: skip
+                   "distill": config.distill}
         total = torch.zeros((), device=self.device)
-        sums: dict[str, list[float]] = {}
-        counts = [int(dual) + len(example.documents) + 1 for example, dual in zip(examples, duals, strict=True)]
+        found: dict[str, list[torch.Tensor]] = {}
+        counts = [len(block.doc_rows) + 1 for block in blocks]
         for example, dual, own in zip(examples, duals, vectors.split(counts), strict=True):
             for name, loss in self._losses(example, own, dual, t).items():
                 total = total + weights[name] * loss
-                sums.setdefault(name, []).append(float(loss.detach()))
+                found.setdefault(name, []).append(loss.detach())
         (total / config.lists_per_step).backward()
-        return {name: sum(values) / len(values) for name, values in sums.items()}, tokens
+        return {name: float(torch.stack(losses).mean()) for name, losses in found.items()}
 
-    def readouts(
-        self, examples: Sequence[TrainingList], duals: Sequence[bool]
-    ) -> tuple[torch.Tensor, Projector, int]:
-        """Normed states `[R, D]` at what is read of packed lists, list by list: the early query, where a list's prompt
-        has one (`duals`), the documents, the query; the projector, and the number of tokens."""
+    def readouts(self, examples: Sequence[TrainingList]) -> tuple[torch.Tensor, Projector]:
+        """Normed states `[R, D]` at what is read of packed lists, list by list: the documents, the query; the
+        projector."""
+        return self._read(self._blocks(examples, [False] * len(examples)))
+
+    def _blocks(self, examples: Sequence[TrainingList], duals: Sequence[bool]) -> list[EncodedBlock]:
+        """A prompt a list. One with the query early, too, reads that one as if it were the first document."""
         blocks = []
         for example, dual in zip(examples, duals, strict=True):
             encoder = self.dual_encoder if dual else self.encoder
@@ -229,13 +259,16 @@ class Trainer:
             if dual and block.early_query_row is not None:
                 block = replace(block, doc_rows=np.append(block.early_query_row, block.doc_rows))
             blocks.append(block)
+        return blocks
+
+    def _read(self, blocks: Sequence[EncodedBlock]) -> tuple[torch.Tensor, Projector]:
         weights = self.weights()
         model = Model(self.checkpoint.config, weights, self.operations)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             hidden = model.hidden_states(pack(blocks, self.device))
         normed = self.operations.rms_norm(hidden.float(), weights.norm, self.checkpoint.config.rms_norm_eps)
         assert isinstance(weights.readout, Projector)
-        return normed, weights.readout, sum(len(block.ids) for block in blocks)
+        return normed, weights.readout
 
     def _doc_cap(self, example: TrainingList) -> int:
         most, least = self.config.doc_tokens, self.config.doc_tokens_least
@@ -263,15 +296,6 @@ class Trainer:
             losses["similar"] = similar_loss(originals, docs[[c for c in example.copy_of if c >= 0]], t)
         if config.distill and example.teacher is not None:
             losses["distill"] = distill_loss(scores, torch.tensor(example.teacher, device=self.device), t)
-        if config.embedding and example.document_vectors is not None and example.query_vector is not None:
-            # The teacher's channels are the first of ours. The query weighs as much as all documents together: every
-            # score has it in it.
-            pairs = ((docs, example.document_vectors), (query_vector, example.query_vector[None]))
-            both = [
-                embedding_loss(own[:, : his.shape[1]], torch.tensor(np.float32(his), device=self.device))
-                for own, his in pairs
-            ]
-            losses["embedding"] = (both[0] + both[1]) / 2
         return losses
 
     def _low_rank_updates(self) -> dict[str, torch.Tensor]:
