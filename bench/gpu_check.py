@@ -114,10 +114,9 @@ def _one_model(tiny: bool, device: torch.device, folder: Path) -> Rows:
     from bench.end_to_end import make_requests
 
     dtype = "float32" if tiny else "bfloat16"
-    eager = graphed = ours(folder, device, dtype)
+    eager = graphed = ours(folder, device, dtype, graphs=False)
     if device.type == "cuda":
         graphed = ours(folder, device, dtype)
-        graphed.warmup()
     fastest = "flash_attention_2" if device.type == "cuda" and find_spec("flash_attn") else "sdpa"
     plain = TransformersReranker(folder, getattr(torch, dtype), fastest, str(device))
     baseline = f"transformers {fastest}"
@@ -130,10 +129,10 @@ def _one_model(tiny: bool, device: torch.device, folder: Path) -> Rows:
         name = f"{shape[1]}x{shape[2]}"
         variants: dict[str, Callable[[], Any]] = {
             baseline: lambda q=query, d=documents: plain.block(q, d)[2],
-            "lastrerank triton": lambda q=query, d=documents: scores(eager, q, d),
+            "lastrerank triton, no graph": lambda q=query, d=documents: scores(eager, q, d),
         }
         if graphed is not eager:
-            variants["lastrerank triton graph"] = lambda q=query, d=documents: scores(graphed, q, d)
+            variants["lastrerank triton"] = lambda q=query, d=documents: scores(graphed, q, d)
         if float8 is not None:
             variants["lastrerank float8"] = lambda q=query, d=documents: scores(float8, q, d)
         truth, wrong = variants[baseline](), []
@@ -161,8 +160,8 @@ def _many_lists(tiny: bool, eager: Any, graphed: Any) -> Rows:
     requests = [as_request(request) for request in make_requests(*((2, 1, 3, 7) if tiny else (16, 10, 100, 7)), eager)]
     variants: dict[str, Callable[[], Any]] = {"packed": lambda: eager.rerank_many(requests)}
     if graphed is not eager:
-        variants["one by one"] = lambda: [eager.rerank_many([request]) for request in requests]
-        variants["one by one, graphs"] = lambda: [graphed.rerank_many([request]) for request in requests]
+        variants["one by one, no graphs"] = lambda: [eager.rerank_many([request]) for request in requests]
+        variants["one by one"] = lambda: [graphed.rerank_many([request]) for request in requests]
     times = interleaved(variants, 1 if tiny else 10, warmup=0 if tiny else 2)
     return [{"shape": f"{len(requests)} lists", "provider": name, "seconds": seconds}
             for name, seconds in times.items()]  # fmt: skip
@@ -252,10 +251,9 @@ def seconds(tiny: bool, device: torch.device) -> Rows:
 
     rows = []
     with checkpoint("tiny" if tiny else "jina-reranker-v3") as folder:
-        passes = {"eager": ours(folder, device, "float32" if tiny else "bfloat16")}
+        passes = {"eager": ours(folder, device, "float32" if tiny else "bfloat16", graphs=False)}
         if device.type == "cuda":
             passes["graph"] = ours(folder, device, "bfloat16")
-            passes["graph"].warmup()
     for shape in [(1, 1, 5, 7)] if tiny else [(1, 10, 100, 7), (1, 100, 145, 7)]:
         query, documents = make_requests(*shape, passes["eager"])[0]
         for name, reranker in passes.items():
@@ -298,13 +296,15 @@ def kernels(tiny: bool, device: torch.device) -> Rows:
     return rows
 
 
-def ours(folder: Path, device: torch.device, dtype: str) -> Any:
+def ours(folder: Path, device: torch.device, dtype: str, graphs: bool = True) -> Any:
     """A reranker on the Triton kernels; on a CPU they are put in place by hand, because there they only interpret."""
     from lastrerank import Reranker
     from lastrerank.model import Model
 
     if device.type == "cuda":
-        return Reranker.from_pretrained(folder, device=str(device), dtype=dtype, backend="triton")
+        reranker = Reranker.from_pretrained(folder, device=str(device), dtype=dtype, backend="triton")
+        reranker._graphs = reranker._graphs if graphs else None
+        return reranker
     from lastrerank.ops.triton import TritonOperations
 
     reranker = Reranker.from_pretrained(folder, device="cpu", dtype=dtype, backend="reference")

@@ -2,10 +2,13 @@
 
 A pass is copied into the static buffers of the smallest bucket that holds it. Sequences beyond the pass's own are
 empty, rows beyond its last token are whatever the bucket held before: no sequence owns them, so nothing reads them.
+A bucket is captured when the first pass needs it, which takes about as long as two such passes by themselves: from the
+first one on a pass of a size is always the same computation.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 
@@ -13,6 +16,8 @@ import torch
 
 from lastrerank.model import Model
 from lastrerank.packing import PackedBatch
+
+logger = logging.getLogger("lastrerank")
 
 # Tokens of a pass: a bucket is at most 255 rows too large. Above the last a pass fills the device, and launches are
 # hidden behind it.
@@ -23,7 +28,7 @@ _SEQUENCE_TOKENS, _DOCUMENT_TOKENS = 119, 15
 
 def empty_bucket(tokens: int, device: torch.device) -> PackedBatch:
     """Static buffers for passes of at most `tokens` tokens, holding one sequence."""
-    sequences, reads = tokens // _SEQUENCE_TOKENS + 1, tokens // _DOCUMENT_TOKENS + 1
+    sequences, reads = _room(tokens)
     cu_seqlens = torch.full((sequences + 1,), tokens, dtype=torch.int32, device=device)
     cu_seqlens[0] = 0
     return PackedBatch(
@@ -36,15 +41,21 @@ def empty_bucket(tokens: int, device: torch.device) -> PackedBatch:
     )
 
 
-def holds(bucket: PackedBatch, batch: PackedBatch) -> bool:
-    """Whether the pass fits: its tokens, its sequences and its read rows. Sequences that continue others don't: their
-    kernel is another one."""
-    return (
-        batch.prefixes is None
-        and batch.num_tokens <= len(bucket.ids)
-        and len(batch.cu_seqlens) <= len(bucket.cu_seqlens)
-        and len(batch.read_rows) <= len(bucket.read_rows)
-    )
+def _room(tokens: int) -> tuple[int, int]:
+    """Sequences and read rows of a bucket."""
+    return tokens // _SEQUENCE_TOKENS + 1, tokens // _DOCUMENT_TOKENS + 1
+
+
+def bucket_of(batch: PackedBatch, buckets: tuple[int, ...] = BUCKETS) -> int | None:
+    """Tokens of the smallest bucket that holds a pass: its tokens, its sequences and its read rows. None holds one with
+    sequences that continue others: their kernel is another one."""
+    if batch.prefixes is not None:
+        return None
+    for tokens in buckets:
+        sequences, reads = _room(tokens)
+        if batch.num_tokens <= tokens and len(batch.seqlens) <= sequences and len(batch.read_rows) <= reads:
+            return tokens
+    return None
 
 
 def fill(bucket: PackedBatch, batch: PackedBatch) -> None:
@@ -78,38 +89,71 @@ class GraphedModel:
         buckets: tokens of each, ascending.
     """
 
-    @torch.inference_mode()
     def __init__(self, model: Model, device: torch.device, buckets: tuple[int, ...] = BUCKETS) -> None:
+        self._model, self._device, self.buckets = model, device, buckets
         self._lock = threading.Lock()
-        self._captured: list[_Captured] = []
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(device))
-        pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[int, _Captured] = {}
+        self._failed = False
         # One stream for every warm-up and capture: libraries keep a workspace for each they have seen.
-        stream = torch.cuda.Stream(device)
-        for tokens in reversed(buckets):  # the largest first: smaller ones then fit into its memory
-            bucket = empty_bucket(tokens, device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Thread-local: what other threads do, an engine's among them, is no part of the capture.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                hidden = model.hidden_states(bucket)
-            self._captured.insert(0, _Captured(bucket, graph, hidden))
+        self._stream: torch.cuda.Stream | None = None
+        self._done: torch.cuda.Event | None = None
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Tokens of the buckets that are."""
+        return tuple(sorted(self._captured))
+
+    def capture(self) -> None:
+        """All buckets, before passes need them."""
+        with self._lock:
+            for tokens in reversed(self.buckets):
+                self._bucket(tokens)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor | None:
-        """As `Model.hidden_states`, or None if no bucket holds the pass."""
-        for captured in self._captured:
-            if holds(captured.bucket, batch):
-                with self._lock:
-                    # The lock orders threads on the host; the event orders their streams on the device.
-                    stream = torch.cuda.current_stream(batch.ids.device)
-                    stream.wait_event(self._done)
-                    fill(captured.bucket, batch)
-                    captured.graph.replay()
-                    hidden = captured.hidden[: len(batch.read_rows)].clone()
-                    self._done.record(stream)
-                    return hidden
-        return None
+        """As `Model.hidden_states`, or None if no bucket holds the pass or it can't be captured."""
+        tokens = bucket_of(batch, self.buckets)
+        if tokens is None:
+            return None
+        with self._lock:
+            captured = self._bucket(tokens)
+            if captured is None:
+                return None
+            # The lock orders threads on the host; the event orders their streams on the device.
+            stream = torch.cuda.current_stream(self._device)
+            if self._done is None:
+                self._done = torch.cuda.Event()
+            else:
+                stream.wait_event(self._done)
+            fill(captured.bucket, batch)
+            captured.graph.replay()
+            hidden = captured.hidden[: len(batch.read_rows)].clone()
+            self._done.record(stream)
+            return hidden
+
+    def _bucket(self, tokens: int) -> _Captured | None:
+        """One, captured if it isn't; None once that has failed: passes then launch their kernels one by one. Holds the
+        lock."""
+        try:
+            # The largest first: the others then fit into its memory.
+            for wanted in (self.buckets[-1], tokens):
+                if wanted not in self._captured and not self._failed:
+                    self._captured[wanted] = self._capture(wanted)
+        except Exception as error:  # of a lack of memory, or whatever a driver says; the ordinary pass needs neither
+            self._failed = True
+            logger.warning("short lists will take longer: no CUDA graph of %d tokens (%s)", wanted, error)
+        return self._captured.get(tokens)
+
+    @torch.inference_mode()
+    def _capture(self, tokens: int) -> _Captured:
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        bucket, stream = empty_bucket(tokens, self._device), self._stream
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: what other threads do, an engine's among them, is no part of the capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            hidden = self._model.hidden_states(bucket)
+        return _Captured(bucket, graph, hidden)

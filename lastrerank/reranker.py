@@ -28,7 +28,7 @@ from lastrerank.request import BLOCK_SIZE, Document, RerankRequest, RerankResult
 from lastrerank.texts import Steps, run
 
 # The checkpoint in the package.
-BUNDLED = "lastrerank-26m"
+BUNDLED = "lastrerank-43m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
           "float8": torch.float8_e4m3fn}  # fmt: skip
@@ -76,7 +76,8 @@ class Reranker(CrossEncoderFace):
         # On a CPU the table is the memory of its file, which may be written to: what it was is known by a checksum.
         self._checksum = checkpoint.embedding_checksum() if device.type == "cpu" else 0
         self._seen: FileState | None = None
-        self._graphs: GraphedModel | None = None
+        capturable = backend in CAPTURABLE and device.type == "cuda"
+        self._graphs = GraphedModel(model, device) if capturable else None
 
     @classmethod
     def from_pretrained(
@@ -247,13 +248,13 @@ class Reranker(CrossEncoderFace):
         """Do now what the first requests would wait for; call it once, before serving.
 
         A short list is scored, which pages the weights in, starts threads and compiles kernels. With the Triton
-        kernels, passes of up to 4,096 tokens are also captured as CUDA graphs, and replayed from then on; that keeps
-        about 150 MiB at 0.6B (see `lastrerank.graphs`).
+        kernels the CUDA graphs of all passes of up to 4,096 tokens are captured, which otherwise happens when the first
+        pass of a size comes; they keep about 150 MiB at 0.6B (see `lastrerank.graphs`).
         """
         self.rerank("warm up", ["a short document", "another one"], progress=False)
-        if self.backend in CAPTURABLE and self._graphs is None:
+        if self._graphs is not None:
             with isolated(self.device):
-                self._graphs = GraphedModel(self.model, self.device)
+                self._graphs.capture()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write this model in the published format, weights in its dtype, in place of the checkpoint that `folder`

@@ -39,12 +39,14 @@ class Float8Weight:
         self.scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / _LARGEST  # [out, 1]
         self.values = (weight / self.scale).to(torch.float8_e4m3fn)
 
+    # Sums in the matrix unit's own precision add nothing to an error that is the quantisation's (3.74 % of a random
+    # product either way, on an H200), and take up to a fifth less time: `bench/results/float8_h200.json`.
     def matmul(self, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         rows = x if isinstance(x, Float8Rows) else Float8Rows(*_rows(x))
         into = out if out is not None and out.is_contiguous() else None  # else it is copied there
         result = torch._scaled_mm(
             rows.values, self.values.t(), scale_a=rows.scale, scale_b=self.scale.t(), out_dtype=torch.bfloat16,
-            out=into,
+            out=into, use_fast_accum=True,
         )  # fmt: skip
         if bias is not None:
             result += bias
