@@ -383,7 +383,7 @@ class Engine:
         try:
             parts = self.reranker.read_rows(blocks, on_layer=on_layer)
             if self.reranker.device.type == "cuda":  # what went wrong on the device shows here, not in another pass
-                torch.cuda.synchronize(self.reranker.device)
+                torch.cuda.current_stream(self.reranker.device).synchronize()
         except _StoppedError:
             self.statistics.busy_seconds += time.monotonic() - started
             return  # the dead are dropped before the next pass

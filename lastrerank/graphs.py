@@ -2,8 +2,8 @@
 
 A pass is copied into the static buffers of the smallest bucket that holds it. Sequences beyond the pass's own are
 empty, rows beyond its last token are whatever the bucket held before: no sequence owns them, so nothing reads them.
-A bucket is captured when the first pass needs it, which takes about as long as two such passes by themselves: from the
-first one on a pass of a size is always the same computation.
+A bucket is captured when the first pass needs it, so that a pass of a size is always the same computation. That waits
+for the device, computes the pass once more and empties PyTorch's cache of free memory, once a bucket.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,9 @@ from lastrerank.model import Model
 from lastrerank.packing import PackedBatch
 
 logger = logging.getLogger("lastrerank")
+
+# One capture at a time in a process: each begins by waiting for the device, which would end another.
+_capturing = threading.Lock()
 
 # Tokens of a pass: a bucket is at most 255 rows too large. Above the last a pass fills the device, and launches are
 # hidden behind it.
@@ -93,7 +97,7 @@ class GraphedModel:
         self._model, self._device, self.buckets = model, device, buckets
         self._lock = threading.Lock()
         self._captured: dict[int, _Captured] = {}
-        self._failed = False
+        self._failed: set[int] = set()
         # One stream for every warm-up and capture: libraries keep a workspace for each they have seen.
         self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
@@ -104,10 +108,15 @@ class GraphedModel:
         return tuple(sorted(self._captured))
 
     def capture(self) -> None:
-        """All buckets, before passes need them."""
+        """All buckets, before passes need them.
+
+        Raises:
+            RuntimeError: one can't be captured, for a lack of memory or whatever a driver says.
+        """
         with self._lock:
             for tokens in reversed(self.buckets):
-                self._bucket(tokens)
+                if tokens not in self._captured:
+                    self._captured[tokens] = self._capture(tokens)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor | None:
         """As `Model.hidden_states`, or None if no bucket holds the pass or it can't be captured."""
@@ -131,16 +140,16 @@ class GraphedModel:
             return hidden
 
     def _bucket(self, tokens: int) -> _Captured | None:
-        """One, captured if it isn't; None once that has failed: passes then launch their kernels one by one. Holds the
-        lock."""
-        try:
-            # The largest first: the others then fit into its memory.
-            for wanted in (self.buckets[-1], tokens):
-                if wanted not in self._captured and not self._failed:
+        """One, captured if it isn't; None once that has failed: such passes then launch their kernels one by one. Holds
+        the lock."""
+        # The largest first: the others then fit into its memory.
+        for wanted in (self.buckets[-1], tokens):
+            if wanted not in self._captured and wanted not in self._failed:
+                try:
                     self._captured[wanted] = self._capture(wanted)
-        except Exception as error:  # of a lack of memory, or whatever a driver says; the ordinary pass needs neither
-            self._failed = True
-            logger.warning("short lists will take longer: no CUDA graph of %d tokens (%s)", wanted, error)
+                except Exception as error:  # the ordinary pass may do without what it lacked
+                    self._failed.add(wanted)
+                    logger.warning("lists of %d tokens will take longer: no CUDA graph (%s)", wanted, error)
         return self._captured.get(tokens)
 
     @torch.inference_mode()
@@ -148,12 +157,15 @@ class GraphedModel:
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         bucket, stream = empty_bucket(tokens, self._device), self._stream
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        current = torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: what other threads do, an engine's among them, is no part of the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        # Thread-local: what other threads do, an engine's among them, is no part of the capture. A capture that fails
+        # may leave the thread on its stream: the outer one puts it back.
+        options: dict[str, Any] = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with _capturing, torch.cuda.stream(current), torch.cuda.graph(graph, **options):
             hidden = self._model.hidden_states(bucket)
         return _Captured(bucket, graph, hidden)

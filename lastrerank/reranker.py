@@ -237,7 +237,7 @@ class Reranker(CrossEncoderFace):
             return True
         try:
             torch.ones(1, device=self.device).add_(1)
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()  # the device's would end a capture beside it
         except torch.cuda.OutOfMemoryError:  # it answered
             return True
         except RuntimeError:

@@ -367,7 +367,7 @@ def test_more_bad_requests_are_named(small_reranker):
     with pytest.raises(ValueError, match="request has fields"):
         small_reranker.rerank_many([{"query": "q", "documents": [], 5: 1}])
     assert repr(small_reranker).startswith("Reranker('small") and "0x" not in repr(small_reranker)
-    assert Reranker.from_pretrained(dtype=torch.float32).checkpoint.name == "lastrerank-26m"
+    assert Reranker.from_pretrained(dtype=torch.float32).checkpoint.name == "lastrerank-43m"
 
 
 def test_a_threshold_leaves_out_what_scores_lower(small_reranker):

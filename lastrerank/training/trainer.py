@@ -148,7 +148,7 @@ class Trainer:
             parameter.requires_grad_()
         self.encoder = ListEncoder(checkpoint.tokenizer, prompt)
         self.dual_encoder = ListEncoder(checkpoint.tokenizer, GGUF_PROMPT)
-        serve = TrainingOperations.serve(self.device)
+        serve = TrainingOperations.serve(self.device, checkpoint.config.head_dim)
         self.operations = TrainingOperations() if serve else ReferenceOperations()
         self._trained = list(trained.values())
         embedding = [p for n, p in trained.items() if "embed_tokens" in n]
@@ -433,12 +433,12 @@ class Trainer:
         for name in sorted(state["identity"].keys() | self.identity.keys()):
             if state["identity"].get(name) != self.identity.get(name):
                 raise ValueError(f"{path} is of a training with another {name}: name another output, or remove it")
-        for field in fields(self.config):
-            if state["config"].get(field.name) != getattr(self.config, field.name):
-                raise ValueError(
-                    f"{path} was trained with {field.name} = {state['config'].get(field.name)!r}, "
-                    f"this recipe has {getattr(self.config, field.name)!r}"
-                )
+        # What a field that is newer or older than the state means there is its default, or nothing.
+        ours = asdict(self.config)
+        theirs = {field.name: field.default for field in fields(self.config)} | state["config"]
+        for name, value in theirs.items():
+            if value != ours.get(name, 0):
+                raise ValueError(f"{path} was trained with {name} = {value!r}, this recipe has {ours.get(name)!r}")
         with torch.no_grad():
             for name, tensor in (self.parameters | self.low_rank).items():
                 tensor.copy_(state["parameters"][name])
