@@ -6,6 +6,7 @@ what is missing, unknown, misshapen, not finite, quantised in an unknown way, or
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -41,7 +42,11 @@ from lastrerank.stored import (
     read_json,
 )
 
+logger = logging.getLogger("lastrerank")
+
 BUNDLED_MODELS = Path(__file__).parent / "models"
+# The checkpoint in the package, and those that former versions had in its place.
+BUNDLED, FORMER = "lastrerank-43m", ("lastrerank-13m", "lastrerank-26m")
 
 _FILES = (
     "config.json", "tokenizer.json", "*.safetensors", INDEX, adapters.CONFIG, SENTENCE_TRANSFORMERS,
@@ -141,7 +146,8 @@ class Checkpoint:
 
 def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> tuple[str, Path]:
     """Name and local folder of a checkpoint: a folder as it is, a bundled model's name, or a Hub id or the short name
-    of one (`lastrerank.families.ALIASES`), downloaded once.
+    of one (`lastrerank.families.ALIASES`), downloaded once. A former bundled model's name is its successor's, with a
+    warning.
 
     Raises:
         ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached.
@@ -152,6 +158,9 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
             return _folder_name(path.resolve()), path
     except OSError as error:
         raise ValueError(f"id_or_path is {name!r:.80}: {error.strerror}") from error
+    if name in FORMER:
+        logger.warning("%s is not in this version: %s takes its place, whose scores are others", name, BUNDLED)
+        name = BUNDLED
     if re.fullmatch(r"[\w.-]+", name) and (BUNDLED_MODELS / name / "config.json").is_file():
         return name, BUNDLED_MODELS / name
     name = ALIASES.get(name.lower(), name)

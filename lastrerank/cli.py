@@ -58,8 +58,7 @@ def _main(
 
 def default_model() -> Path:
     """The embedded checkpoint."""
-    from lastrerank.checkpoint import BUNDLED_MODELS
-    from lastrerank.reranker import BUNDLED
+    from lastrerank.checkpoint import BUNDLED, BUNDLED_MODELS
 
     return BUNDLED_MODELS / BUNDLED
 

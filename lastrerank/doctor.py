@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from lastrerank import Reranker, __version__, ops, selfcheck
-from lastrerank.checkpoint import open_checkpoint, resolve
+from lastrerank.checkpoint import BUNDLED, open_checkpoint, resolve
 from lastrerank.goldens import GOLDENS, golden_of
-from lastrerank.reranker import BUNDLED, resolve_device
+from lastrerank.reranker import resolve_device
 
 _SELF_CHECK_TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lastrerank import ops, saving
-from lastrerank.checkpoint import Checkpoint, open_checkpoint
+from lastrerank.checkpoint import BUNDLED, Checkpoint, open_checkpoint
 from lastrerank.crossencoder import CrossEncoderFace, ModelCard
 from lastrerank.families import FAMILIES, Cosine, Family, named
 from lastrerank.graphs import GraphedModel
@@ -26,9 +26,6 @@ from lastrerank.progress import Progress
 from lastrerank.prompt import EncodedBlock, EncodedRequest, PassRows, RequestEncoder
 from lastrerank.request import BLOCK_SIZE, Document, RerankRequest, RerankResult
 from lastrerank.texts import Steps, run
-
-# The checkpoint in the package.
-BUNDLED = "lastrerank-43m"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
           "float8": torch.float8_e4m3fn}  # fmt: skip

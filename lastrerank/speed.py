@@ -17,7 +17,7 @@ import torch
 from lastrerank import ops
 from lastrerank.reranker import Reranker, RerankRequest, resolve_device
 
-# What counts as the reference's scores in float32: the bundled checkpoint's logits of 700 leave some 3e-5.
+# What counts as the reference's scores in float32: attention's logits of 700 leave some 3e-5.
 SAME = 2e-4
 
 

@@ -370,6 +370,17 @@ def test_more_bad_requests_are_named(small_reranker):
     assert Reranker.from_pretrained(dtype=torch.float32).checkpoint.name == "lastrerank-43m"
 
 
+def test_a_former_bundled_name_is_the_new_one_with_a_warning(caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lastrerank-13m", "lastrerank-26m"):
+        caplog.clear()
+        assert Reranker.from_pretrained(name).checkpoint.name == "lastrerank-43m"
+        assert f"{name} is not in this version" in caplog.text
+    (tmp_path / "lastrerank-13m").mkdir()  # a folder of that name is what it is
+    with pytest.raises(ValueError, match=r"config\.json"):
+        Reranker.from_pretrained("lastrerank-13m")
+
+
 def test_a_threshold_leaves_out_what_scores_lower(small_reranker):
     documents = ["a passage", "another one", "relevance", ""]
     found = small_reranker.rerank("expert", documents)

@@ -27,9 +27,9 @@ import torch
 from tokenizers import Tokenizer
 
 from lastrerank import saving
-from lastrerank.checkpoint import open_decoder
+from lastrerank.checkpoint import BUNDLED, open_decoder
 from lastrerank.families.listwise import PROMPT
-from lastrerank.reranker import BUNDLED, Reranker
+from lastrerank.reranker import Reranker
 from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
 from lastrerank.training.gguf import decoder_from_gguf
 from lastrerank.training.mining import mine_lists, sample_pairs, sample_texts
