@@ -303,7 +303,8 @@ def ours(folder: Path, device: torch.device, dtype: str, graphs: bool = True) ->
 
     if device.type == "cuda":
         reranker = Reranker.from_pretrained(folder, device=str(device), dtype=dtype, backend="triton")
-        reranker._graphs = reranker._graphs if graphs else None
+        if not graphs:
+            reranker._graphs = None
         return reranker
     from lastrerank.ops.triton import TritonOperations
 

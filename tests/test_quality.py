@@ -76,6 +76,7 @@ def test_many_documents_are_told_apart(place):
     documents.insert(place, row["documents"][row["relevant"]])
     found = Reranker.from_pretrained(default_model(), device="cpu").rerank(row["query"], documents, max_doc_length=32)
     assert found[0]["index"] == place
+    assert found[0]["relevance_score"] > found[1]["relevance_score"] + 0.05
 
 
 def test_every_part_of_the_report(small, tmp_path, monkeypatch):

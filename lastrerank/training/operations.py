@@ -13,11 +13,10 @@ from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lastrerank.ops import Prefixes
-from lastrerank.ops.reference import ReferenceOperations
+from lastrerank.ops.reference import ReferenceOperations, _norm_rope, _rms_norm
 from lastrerank.selfcheck import missing_for_triton
 
 varlen_attn: Callable[..., Any] | None = None
@@ -26,7 +25,7 @@ with suppress(ImportError):  # before PyTorch 2.10; from 2.11 on it takes a wind
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight).bfloat16()
+    return _rms_norm(x, weight, eps).bfloat16()
 
 
 def _add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -34,25 +33,13 @@ def _add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[
     return residual, _norm(residual, weight, eps)
 
 
-def _gate(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).bfloat16()
-
-
-def _rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    x = x.float()
-    if weight is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).bfloat16()
-
-
 class TrainingOperations(ReferenceOperations):
     """See `lastrerank.ops.Operations`. Without autograd, or outside autocast, the reference computes."""
 
     def __init__(self) -> None:
         compiled: Callable[..., Any] = lambda function: torch.compile(function, dynamic=True)  # noqa: E731
-        self._norm, self._add_norm, self._gate, self._rotate = map(compiled, (_norm, _add_norm, _gate, _rotate))
+        self._norm, self._add_norm, self._rotate = map(compiled, (_norm, _add_norm, _norm_rope))
+        self._gate = compiled(super().swiglu)
 
     @staticmethod
     def serve(device: torch.device, head_dim: int) -> bool:
