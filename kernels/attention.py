@@ -283,9 +283,11 @@ def attention(
     out: torch.Tensor | None = None,
     prefixes: torch.Tensor | None = None,
     tiles: torch.Tensor | None = None,
+    portable: bool = False,
 ) -> torch.Tensor:
     """See `lastrerank.ops.Operations.attention`; max_seqlen bounds the sequences' own lengths, prefixes is int32
-    `[S, 2]`, tiles are those of the function of that name (not with rows, which have their own).
+    `[S, 2]`, tiles are those of the function of that name (not with rows, which have their own). portable: by the
+    kernel here, whatever the chip has of its own.
 
     Raises:
         ValueError: a head width or layout that the kernel doesn't serve.
@@ -324,7 +326,7 @@ def attention(
         raise ValueError(f"tiles has shape {tuple(tiles.shape)}, expected [{most}, 2], and none with rows")
     if tiles is None:
         tiles = tiles_of(bounds, most, block_m // group, prefixes)
-    own = OWN.get(chip()) if rows is None else None
+    own = OWN.get(chip()) if rows is None and not portable else None
     if own is not None and (block_m != own.BLOCK_M or not own.serves(q, k, v, out)):
         own = None
     if own is not None:

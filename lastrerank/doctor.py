@@ -67,16 +67,23 @@ def _products() -> dict[str, Any]:
 
 
 def _kernels(device: torch.device, dtype: torch.dtype, model: str | Path) -> dict[str, Any]:
-    """The verdict of `lastrerank.selfcheck`, made now if there is none."""
+    """The verdict of `lastrerank.selfcheck` on the kernels that "auto" takes, or would if it were a good one, made now
+    if there is none; with it the one that refused those it takes first."""
     if selfcheck.is_off():
         return {"backend": "triton", "unchecked": f"{selfcheck.SWITCH} says so"}
     source = open_checkpoint(model)
-    try:
-        ops.select("triton", device, dtype, source.config)
-    except RuntimeError as reason:
-        return {"backend": "triton", "unchecked": str(reason)}
-    return {"backend": "triton", "model": source.name,
-            **asdict(selfcheck.verdict("triton", source.config, device, dtype))}  # fmt: skip
+    found: dict[str, Any] = {}
+    for backend in ops.CHECKED:
+        try:
+            ops.select(backend, device, dtype, source.config)
+        except RuntimeError as reason:
+            return found or {"backend": backend, "unchecked": str(reason)}
+        verdict = asdict(selfcheck.verdict(backend, source.config, device, dtype))
+        refused = {"refused": found} if found else {}
+        found = {"backend": backend, "model": source.name, **verdict, **refused}
+        if found["ok"]:
+            break
+    return found
 
 
 def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:

@@ -30,10 +30,10 @@ from lastrerank.texts import Steps, run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
           "float8": torch.float8_e4m3fn}  # fmt: skip
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "float8"]
-Backend = Literal["auto", "native", "triton", "flash-attn", "reference"]
+Backend = Literal["auto", "native", "triton", "triton-portable", "flash-attn", "reference"]
 
 # Backends whose passes read nothing back from the device, so that a CUDA graph can hold them.
-CAPTURABLE = ("triton",)
+CAPTURABLE = ("triton", "triton-portable")
 
 # Tokens of one pass when the caller doesn't say: enough to fill the device, small enough to share it.
 _BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}

@@ -78,11 +78,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if kernels is not None and "unchecked" in kernels:
         lines.append(f"{'kernels':14} not checked: {kernels['unchecked']}; \"auto\" takes the reference")
     elif kernels is not None:
-        found = "right" if kernels["ok"] else f"REFUSED: {kernels['reason']}"
-        lines.append(
-            f"{'kernels':14} {kernels['backend']} for the shape of {kernels['model']}: {found} "
-            f"({kernels['seconds']:g} s, {kernels['key'][:12]})"
-        )
+        for verdict in [kernels["refused"], kernels] if "refused" in kernels else [kernels]:
+            found = "right" if verdict["ok"] else f"REFUSED: {verdict['reason']}"
+            lines.append(
+                f"{'kernels':14} {verdict['backend']} for the shape of {verdict['model']}: {found} "
+                f"({verdict['seconds']:g} s, {verdict['key'][:12]})"
+            )
     if "verify" in report:
         result = report["verify"]
         lines.append(f"{'verify':14} {'ok' if result['ok'] else 'FAILED'}: {result['message']}")

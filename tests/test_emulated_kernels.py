@@ -6,7 +6,6 @@ test file this way.
 from __future__ import annotations
 
 import sys
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,13 +17,12 @@ if sys.platform != "linux":
     pytest.skip("Triton compiles on Linux", allow_module_level=True)
 
 from emulator import MODES, emulating
-from lastrerank.kernels import attention as attention_kernel
 from lastrerank.kernels.rms_norm import quantized_rows
 from lastrerank.kernels.swiglu import quantized_swiglu
 
 from lastrerank.ops.triton import TritonOperations
 
-operations = TritonOperations()
+operations, portable_operations = TritonOperations(), TritonOperations(portable=True)
 BF16 = torch.bfloat16
 
 
@@ -46,6 +44,10 @@ def executed(call, chip="sm_90"):
         for a, b in zip(parts(results[0]), parts(other), strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
     return results[0]
+
+
+def operations_of(portable):
+    return portable_operations if portable else operations
 
 
 def parts(result):
@@ -119,13 +121,6 @@ def packed(lengths, dim, dtype=BF16, poison=0, group=2):
     return [x.unflatten(1, (-1, dim)) for x in (q, k, v)], torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-@pytest.fixture
-def portable(request):
-    """Not the kernel that a chip has of its own, if the parameter says so."""
-    with patch.dict(attention_kernel.OWN, clear=request.param):
-        yield
-
-
 # In 600 tokens every stage of Hopper's pipeline comes round twice, in 420 the portable kernel has three steps of keys.
 @pytest.mark.parametrize(("chip", "portable", "longest", "window", "dim", "dtype", "group"), [
     ("sm_90", False, 600, None, 128, BF16, 2), ("sm_90", False, 200, 100, 128, torch.float16, 5),
@@ -133,11 +128,11 @@ def portable(request):
     ("sm_90", True, 420, None, 128, BF16, 2), ("sm_90", True, 420, 100, 128, torch.float16, 2),
     ("sm_90", True, 420, None, 64, BF16, 2),
     ("sm_80", True, 130, None, 128, BF16, 2), ("sm_80", True, 130, 100, 64, BF16, 2),
-], indirect=["portable"])  # fmt: skip
+])  # fmt: skip
 def test_attention(chip, portable, longest, window, dim, dtype, group):
     lengths = (1, 0, 64, longest)
     (q, k, v), cu = packed(lengths, dim, dtype, poison=70, group=group)
-    own = slice(sum(lengths))
+    own, operations = slice(sum(lengths)), operations_of(portable)
     arguments = (cu, (*lengths,), window, dim**-0.5)
 
     def call():
@@ -147,9 +142,10 @@ def test_attention(chip, portable, longest, window, dim, dtype, group):
     found = executed(call, chip)
     check(found, lambda *x: truth.attention(*x, lengths, window, dim**-0.5), q[own], k[own], v[own])
     if chip == "sm_90" and window is None:
-        with emulating(chip):
+        with emulating(chip) as launches:
             over = operations.attention(q, k, v, *arguments, out=q)
         assert torch.equal(over[own], found)
+        assert launches[0].kernel == ("_attention_kernel" if portable else "_hopper_attention_kernel")
 
 
 def test_attention_in_fp32():
@@ -201,16 +197,16 @@ def test_without_the_copy_engine_the_bits_are_the_same():
         apart = torch.full((300, 68), float("nan"), dtype=BF16)  # a stride that is no multiple of 16 bytes
         apart[:, 2:66] = x.flatten(1)
         shifted.append(apart[:, 2:66].unflatten(1, (1, 64)))
-    with patch.dict(attention_kernel.OWN, clear=True), emulating("sm_90"):
-        fetched = operations.attention(q, k, v, cu, (300,), None, 0.1)
-        copied = operations.attention(q, *shifted, cu, (300,), None, 0.1)
+    with emulating("sm_90"):
+        fetched = portable_operations.attention(q, k, v, cu, (300,), None, 0.1)
+        copied = portable_operations.attention(q, *shifted, cu, (300,), None, 0.1)
     assert torch.equal(fetched, copied)
 
 
-@pytest.mark.parametrize("portable", [False, True], indirect=True)
+@pytest.mark.parametrize("portable", [False, True])
 def test_neighbours_change_no_bit(portable):
     (q, k, v), _ = packed((70, 300, 65), 128)
-    own = slice(70, 370)
+    own, operations = slice(70, 370), operations_of(portable)
     with emulating("sm_90"):
         alone = operations.attention(q[own], k[own], v[own], torch.tensor([0, 300]).int(), (300,), None, 0.1)
         for x in (q, k, v):

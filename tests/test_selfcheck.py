@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
-from lastrerank import Reranker, checks, ops, selfcheck
-from lastrerank.checkpoint import open_checkpoint
+from lastrerank import Reranker, checks, doctor, ops, selfcheck
+from lastrerank.checkpoint import BUNDLED, open_checkpoint
 from lastrerank.ops.reference import ReferenceOperations
+from lastrerank.reranker import CAPTURABLE
 from lastrerank.show import report_lines
 
 LENGTHS = (1, 63, 130, 65)
@@ -282,6 +284,50 @@ def test_auto_falls_back_with_one_warning(a_gpu, tiny, monkeypatch, caplog):
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
         "slower than it need be: plain PyTorch computes, since triton: it failed its check: logit is off by 1e9"
     ]
+
+
+def test_a_chip_whose_own_kernel_fails_goes_on_with_the_portable_one(a_gpu, config, monkeypatch, caplog):
+    """A fault of the one kernel costs what that one gives, not all of them."""
+
+    class Portable(ReferenceOperations):
+        pass
+
+    monkeypatch.setitem(ops.BACKENDS, "triton-portable", lambda device, dtype: Portable())
+    monkeypatch.setitem(ops._FASTEST, "cpu", ops._FASTEST["cuda"])
+    verdicts = {"triton": selfcheck.Verdict(False, "attention is off by 2.0", 1.0, "a" * 20),
+                "triton-portable": selfcheck.Verdict(True, None, 2.0, "b" * 20)}  # fmt: skip
+    monkeypatch.setattr(selfcheck, "verdict", lambda name, *others: verdicts[name])
+    name, found = ops.select("auto", CPU, torch.float32, config)
+    assert name == "triton-portable" and isinstance(found, Portable) and name in CAPTURABLE
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "slower than it need be: triton-portable computes, since triton: it failed its check: attention is off by 2.0"
+    ]
+    shown = doctor._kernels(CPU, torch.float32, BUNDLED)
+    assert (shown["backend"], shown["ok"], shown["refused"]["reason"]) == (name, True, "attention is off by 2.0")
+    report = {"versions": {}, "device": "cuda", "backends": {}, "products": None, "kernels": shown,
+              "self_check": {"ok": True, "difference": {}}}  # fmt: skip
+    assert [line.split(": ")[1] for line in report_lines(report)[-2:]] == ["REFUSED", "right (2 s, bbbbbbbbbbbb)"]
+
+    verdicts["triton-portable"] = selfcheck.Verdict(False, "swiglu is off by 3.0", 1.0, "c" * 20)
+    assert ops.select("auto", CPU, torch.float32, config)[0] == "reference"
+    assert doctor._kernels(CPU, torch.float32, BUNDLED)["reason"] == "swiglu is off by 3.0"
+
+
+def test_the_portable_kernel_is_a_backend_of_chips_with_their_own_alone(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from lastrerank.kernels import attention
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(attention, "chip", lambda: "sm_90")
+    assert ops.select("triton-portable", device, torch.bfloat16)[1]._portable
+    assert not ops.select("triton", device, torch.bfloat16)[1]._portable
+    with pytest.raises(RuntimeError, match="for float32"):
+        ops.select("triton-portable", device, torch.float32)
+    monkeypatch.setattr(attention, "chip", lambda: "sm_80")
+    with pytest.raises(RuntimeError, match="no attention kernel of its own"):
+        ops.select("triton-portable", device, torch.bfloat16)
 
 
 def test_the_check_can_be_switched_off(a_gpu, config, monkeypatch):

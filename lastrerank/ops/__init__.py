@@ -227,7 +227,7 @@ def _require_gpu(device: torch.device) -> None:
         raise RuntimeError("it needs an NVIDIA GPU of compute capability 8.0 or newer")
 
 
-def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
+def _triton(device: torch.device, dtype: torch.dtype, portable: bool = False) -> Operations:
     _require_gpu(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         raise RuntimeError(f"it computes in float32, bfloat16, float16 and float8, not in {_short(dtype)}")
@@ -237,10 +237,22 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Operations:
     except ImportError as error:
         raise RuntimeError(f"Triton is not installed ({error})") from error
     if dtype != torch.float8_e4m3fn:
-        return TritonOperations()
+        return TritonOperations(portable)
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
         raise RuntimeError("float8 needs an NVIDIA GPU of compute capability 8.9 or newer")
-    return Float8Operations()
+    return Float8Operations(portable)
+
+
+def _triton_portable(device: torch.device, dtype: torch.dtype) -> Operations:
+    found = _triton(device, dtype, portable=True)
+    from lastrerank.kernels.attention import OWN, chip
+
+    with torch.cuda.device(device):
+        if chip() not in OWN:
+            raise RuntimeError("this GPU has no attention kernel of its own to do without: 'triton' is portable here")
+    if dtype == torch.float32:
+        raise RuntimeError("no GPU has an attention kernel of its own for float32: 'triton' is portable there")
+    return found
 
 
 def _flash_attn(device: torch.device, dtype: torch.dtype) -> Operations:
@@ -262,12 +274,16 @@ def _short(dtype: torch.dtype) -> str:
 BACKENDS: dict[str, Callable[[torch.device, torch.dtype], Operations]] = {
     "native": _native,
     "triton": _triton,
+    "triton-portable": _triton_portable,
     "reference": _reference,
     "flash-attn": _flash_attn,
 }
 
 
-# By kind of device: what computes faster than the reference, and in which dtypes.
+# Taken by "auto" only after a check (`lastrerank.selfcheck`).
+CHECKED = ("triton", "triton-portable")
+
+# By kind of device: what computes faster than all others, and in which dtypes.
 _FASTEST: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "cpu": ("native", (torch.float32, torch.bfloat16)),
     "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
@@ -302,11 +318,12 @@ def select(
     for candidate in BACKENDS:
         try:
             found = _made(candidate, device, dtype, config)
-            if candidate == "triton":
+            if candidate in CHECKED:
                 _require_check(candidate, device, dtype, config)
             faster, served = _FASTEST.get(device.type, ("", ()))
-            if candidate == "reference" and faster in reasons and dtype in served:
-                _warn_once(f"slower than it need be: plain PyTorch computes, since {faster}: {reasons[faster]}")
+            if faster in reasons and dtype in served:
+                what = "plain PyTorch" if candidate == "reference" else candidate
+                _warn_once(f"slower than it need be: {what} computes, since {faster}: {reasons[faster]}")
             return candidate, found
         except RuntimeError as reason:
             reasons[candidate] = reason

@@ -26,6 +26,7 @@ class FlashAttnOperations(TritonOperations):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._attend = _find()
 
     def attention_tiles(

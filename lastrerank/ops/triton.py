@@ -27,7 +27,14 @@ from lastrerank.ops.reference import ReferenceOperations
 
 
 class TritonOperations(ReferenceOperations):
-    """See `lastrerank.ops.Operations`. Grad must be disabled."""
+    """See `lastrerank.ops.Operations`. Grad must be disabled.
+
+    Args:
+        portable: without the attention kernel that some chips have of their own.
+    """
+
+    def __init__(self, portable: bool = False) -> None:
+        self._portable = portable
 
     def refuses(self, config: ModelConfig) -> str | None:
         if config.head_dim not in attention_kernel.HEAD_DIMS:
@@ -91,11 +98,11 @@ class TritonOperations(ReferenceOperations):
         table = None if prefixes is None else prefixes.table
         arguments = (k, v, cu_seqlens, max(seqlens), window, scale)
         if out is None:
-            return torch.ops.lastrerank.attention(q, *arguments, rows, table, tiles)
+            return torch.ops.lastrerank.attention(q, *arguments, rows, table, tiles, self._portable)
         if out is q:
-            torch.ops.lastrerank.attention_(q, *arguments, table, tiles)
+            torch.ops.lastrerank.attention_(q, *arguments, table, tiles, self._portable)
             return q
-        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows, table, tiles))
+        return out.copy_(torch.ops.lastrerank.attention(q, *arguments, rows, table, tiles, self._portable))
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return torch.ops.lastrerank.swiglu(gate_up)
@@ -122,13 +129,13 @@ class TritonOperations(ReferenceOperations):
 
 
 def _attention_over_queries(q: Tensor, *arguments: Any) -> None:
-    *first, prefixes, tiles = arguments
-    attention_kernel.attention(q, *first, out=q, prefixes=prefixes, tiles=tiles)
+    *first, prefixes, tiles, portable = arguments
+    attention_kernel.attention(q, *first, out=q, prefixes=prefixes, tiles=tiles, portable=portable)
 
 
 def _attention(q: Tensor, *arguments: Any) -> Tensor:
-    *first, prefixes, tiles = arguments
-    return attention_kernel.attention(q, *first, prefixes=prefixes, tiles=tiles)
+    *first, prefixes, tiles, portable = arguments
+    return attention_kernel.attention(q, *first, prefixes=prefixes, tiles=tiles, portable=portable)
 
 
 def _fake_tiles(
@@ -161,9 +168,9 @@ _OPERATIONS = (
     ("qk_norm_rope_", "(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor positions, "
      "int num_heads, int num_kv_heads, float eps) -> ()",
      qk_norm_rope_kernel.qk_norm_rope, lambda *arguments: None),
-    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows, Tensor? prefixes, Tensor? tiles) -> Tensor",
+    ("attention", f"(Tensor q, {_ATTENTION}, Tensor? rows, Tensor? prefixes, Tensor? tiles, bool portable) -> Tensor",
      _attention, lambda q, *arguments: q.new_empty(q.shape)),
-    ("attention_", f"(Tensor(a!) q, {_ATTENTION}, Tensor? prefixes, Tensor? tiles) -> ()",
+    ("attention_", f"(Tensor(a!) q, {_ATTENTION}, Tensor? prefixes, Tensor? tiles, bool portable) -> ()",
      _attention_over_queries, lambda *arguments: None),
     ("attention_tiles", "(Tensor cu_seqlens, SymInt tokens, SymInt max_seqlen, int group, int head_dim, "
      "ScalarType dtype, Tensor? prefixes) -> Tensor",
@@ -198,6 +205,7 @@ def _attention_flops(
     rows: Tensor | None = None,
     prefixes: Tensor | None = None,
     tiles: Tensor | None = None,
+    portable: bool = False,
     out_val: object = None,
 ) -> int:
     return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], rows, prefixes)
@@ -214,6 +222,7 @@ def _attention_flops_in_place(
     scale: float,
     prefixes: Tensor | None = None,
     tiles: Tensor | None = None,
+    portable: bool = False,
     out_val: object = None,
 ) -> int:
     return attention_flops(cu_seqlens, window, q.shape[1], q.shape[2], None, prefixes)
