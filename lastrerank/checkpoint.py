@@ -150,11 +150,13 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
     warning.
 
     Raises:
-        ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached.
+        ValueError: neither a folder nor something the Hub knows, or the Hub can't be reached; or what is here has no
+            revisions.
     """
     path, name = Path(id_or_path), str(id_or_path)
     try:
         if path.is_dir():
+            _refuse_revision(revision, f"{name} is a folder")
             return _folder_name(path.resolve()), path
     except OSError as error:
         raise ValueError(f"id_or_path is {name!r:.80}: {error.strerror}") from error
@@ -162,6 +164,7 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
         logger.warning("%s is not in this version: %s takes its place, whose scores are others", name, BUNDLED)
         name = BUNDLED
     if re.fullmatch(r"[\w.-]+", name) and (BUNDLED_MODELS / name / "config.json").is_file():
+        _refuse_revision(revision, f"{name} is in the package")
         return name, BUNDLED_MODELS / name
     name = ALIASES.get(name.lower(), name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -176,6 +179,17 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
         return name, Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"id_or_path is {name!r}: no such folder, and the Hub did not serve it: {error}") from error
+
+
+def resolve_base(adapter: adapters.Adapter) -> tuple[str, Path]:
+    """As `resolve`, of what an adapter was made for."""
+    # What PEFT noted of the Hub says nothing of a folder that has been put in its place.
+    return resolve(adapter.base, None if Path(adapter.base).is_dir() else adapter.revision)
+
+
+def _refuse_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r:.80}: {what}, only what is on the Hub has revisions")
 
 
 def _folder_name(folder: Path) -> str:
@@ -200,7 +214,7 @@ def open_checkpoint(
     if adapters.is_adapter(folder):
         before = [FileState.of(folder / n) for n in (adapters.CONFIG, adapters.WEIGHTS) if (folder / n).exists()]
         adapter = adapters.read_adapter(folder)
-        base, folder = resolve(adapter.base, adapter.revision)
+        base, folder = resolve_base(adapter)
     raw, config, tokenizer, tokenizer_config = _small_files(folder)
     if family is None:
 

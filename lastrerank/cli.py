@@ -170,15 +170,19 @@ def evaluate(
     ] = Path("eval-results"),
     seed: Annotated[int, typer.Option(help="Of the sample and the random order.")] = 0,
     as_json: JsonOption = False,
+    family: FamilyOption = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     backend: BackendOption = "auto",
+    revision: RevisionOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Rerank BEIR-format datasets and score the result: nDCG@10, MRR@10, MAP, recall. Several models are compared."""
     from lastrerank import Reranker
     from lastrerank.evaluation import compare, contenders, report
 
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "family": family,
+                               "revision": revision}  # fmt: skip
 
     def own(name: str) -> contenders.Contender:
         return contenders.Own(Reranker.from_pretrained(name, **loading))
@@ -189,7 +193,10 @@ def evaluate(
     }  # fmt: skip
     models = model or ([] if peer else [str(default_model())])
     try:
-        _set_threads(None)
+        _set_threads(threads)
+        if len(models) != 1 and (revision is not None or family != "auto"):
+            what = f"--revision {revision}" if revision is not None else f"--family {family}"
+            raise ValueError(f"{what} beside {len(models)} models of ours: expected one, whose it is")
         for name in peer or ():  # before any work is done
             contenders.check_peer(name)
             if max_doc_length is not None:
@@ -377,14 +384,14 @@ def download(
 ) -> None:
     """Fetch a checkpoint from the Hub, and print the folder that it is in; no code is fetched."""
     from lastrerank import adapters
-    from lastrerank.checkpoint import resolve
+    from lastrerank.checkpoint import resolve, resolve_base
     from lastrerank.stored import read_json
 
     try:
         folder = resolve(model, revision)[1]
         if adapters.is_adapter(folder):
             adapter = adapters.read_adapter(folder)  # of no use without its base
-            read_json(resolve(adapter.base, adapter.revision)[1] / "config.json")
+            read_json(resolve_base(adapter)[1] / "config.json")
         else:
             read_json(folder / "config.json")
         print(folder)
@@ -399,17 +406,21 @@ def bench(
     doc_tokens: Annotated[int, typer.Option(help="Tokens of a document.")] = 128,
     lists: Annotated[int, typer.Option(help="Lists scored in one call.")] = 1,
     runs: Annotated[int, typer.Option(help="Timed calls of each backend.")] = 5,
+    family: FamilyOption = "auto",
     device: DeviceOption = "auto",
+    revision: RevisionOption = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """How fast a model runs here, by every backend, and how far the scores are from the reference's."""
     from lastrerank.speed import measure, recommendation
 
     try:
-        _set_threads(None)
+        _set_threads(threads)
         rows = measure(
-            model or default_model(), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs
-        )
+            model or default_model(), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs,
+            family=family, revision=revision,
+        )  # fmt: skip
     except _EXPECTED as error:
         _fail(error)
     if as_json:

@@ -99,7 +99,7 @@ class Reranker(CrossEncoderFace):
                 a check of this model's shape (see `lastrerank.selfcheck`), made once.
             family: "auto" (what the checkpoint says), a name in `lastrerank.families.FAMILIES`, or a family.
             deterministic: every block is its own pass, so that scores are bitwise the same alone and in company.
-            revision: of a Hub id.
+            revision: of a Hub id; nothing else has one.
 
         Raises:
             ValueError: an argument, or the checkpoint, is not usable; the message names what and why.

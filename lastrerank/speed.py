@@ -29,6 +29,8 @@ def measure(
     doc_tokens: int = 128,
     lists: int = 1,
     runs: int = 5,
+    family: str = "auto",
+    revision: str | None = None,
 ) -> list[dict[str, Any]]:
     """Score the same lists by every backend and dtype that runs here, taking turns, and compare the scores.
 
@@ -37,6 +39,7 @@ def measure(
         documents: of a list; parts of real help pages, cut at exactly `doc_tokens` tokens.
         lists: scored in one call.
         runs: timed calls of each, after one that is not.
+        family, revision: as in `Reranker.from_pretrained`.
 
     Returns:
         A row each: backend, dtype, prompt tokens, seconds (median and quartiles), tokens a second, and what they cost
@@ -55,12 +58,11 @@ def measure(
     variants = [(name, dtype) for name in available] + [
         ("native", other) for other in ("bfloat16", "int8") if "native" in available
     ]
+    same: dict[str, Any] = {"device": device, "family": family, "revision": revision}
     loading: list[dict[str, Any]] = [{"backend": name, "dtype": own} for name, own in variants]
-    loaded = {
-        f"{o['backend']} {o['dtype']}": Reranker.from_pretrained(model, device=device, **o) for o in loading
-    }
+    loaded = {f"{o['backend']} {o['dtype']}": Reranker.from_pretrained(model, **same, **o) for o in loading}
     truth = loaded.get("reference float32") or Reranker.from_pretrained(
-        model, device=device, backend="reference", dtype="float32"
+        model, backend="reference", dtype="float32", **same
     )
     requests = _requests(lists, documents, doc_tokens, truth)
     expected = _scores(truth, requests)

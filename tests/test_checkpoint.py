@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lastrerank import Reranker
-from lastrerank.checkpoint import open_checkpoint, resolve
+from lastrerank.checkpoint import BUNDLED, open_checkpoint, resolve
 from lastrerank.config import ModelConfig
 from lastrerank.lists import list_caps
 from lastrerank.random_checkpoint import SHAPES, small_tokenizer, write_random_checkpoint
@@ -180,6 +180,10 @@ def test_hub_ids_resolve_without_remote_code(small, tmp_path, monkeypatch):
     assert open_checkpoint("owner/model", "abc").folder == small
     assert asked["name"] == "owner/model" and asked["revision"] == "abc"
     assert not any(pattern.endswith(".py") or pattern == "*" for pattern in asked["patterns"])
+
+    for local in (small, BUNDLED):
+        with pytest.raises(ValueError, match=f"revision is 'abc': {local} is .* has revisions"):
+            Reranker.from_pretrained(local, revision="abc")
 
     def offline(*args, **kwargs):
         raise OSError("no network")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lastrerank.cli import app
 from lastrerank.evaluation import contenders
 from lastrerank.evaluation.compare import PUBLISHED, compare
 from lastrerank.evaluation.contenders import Own, RankedList
+from lastrerank.evaluation.run import bm25_candidates
 from lastrerank.families import FAMILIES
 from lastrerank.random_checkpoint import small_tokenizer, texts_for, write_random_checkpoint
 
@@ -41,7 +43,15 @@ def test_a_table_of_models(dataset_folder, tmp_path):  # noqa: F811
     made = {"first": Fixed("first"), "turned": Fixed("turned", reverse=True)}
     loaders = {name: lambda own=own: own for name, own in made.items()}
     options = {"split": "dev", "top_k": 5, "orders": ["descending", "random"], "progress": False}
-    report = compare(loaders, [dataset_folder], tmp_path / "out", **options)
+    searched = []
+
+    def counted(dataset, depth):
+        searched.append(dataset.name)
+        return bm25_candidates(dataset, depth)
+
+    with patch("lastrerank.evaluation.report.bm25_candidates", counted):
+        report = compare(loaders, [dataset_folder], tmp_path / "out", **options)
+    assert len(searched) == 1  # the first stage is every model's
     rows = report["rows"]
     assert [(row["model"], row["ranking"]) for row in rows] == [
         ("first stage", ""), ("first", "descending"), ("first", "random"), ("turned", "descending"),
@@ -118,6 +128,14 @@ def test_the_command(dataset_folder, tmp_path, small, pointwise, small_reranker)
     assert capped.exit_code == 2 and ("cuts by its own tokenizer" in capped.output or "pip install" in capped.output)
     twice = CliRunner().invoke(app, ["eval", str(dataset_folder), "--model", str(small), "--model", str(small)])
     assert twice.exit_code == 2 and "expected different names" in twice.output
+    for option, value in (("--family", "qwen3-reranker"), ("--revision", "main")):
+        whose = CliRunner().invoke(app, [*arguments, option, value])
+        assert whose.exit_code == 2 and f"{option} {value} beside 2 models" in whose.output
+    other = ["eval", str(dataset_folder), "--model", str(pointwise), "--split", "dev", "--top-k", "5",
+             "--output", str(tmp_path / "other"), "--family"]  # fmt: skip
+    assert CliRunner().invoke(app, [*other, "qwen3-reranker"]).exit_code == 0
+    wrong = CliRunner().invoke(app, [*other, "mxbai-rerank-v2"])
+    assert wrong.exit_code == 2 and "is a run with digest" in wrong.output  # another model, by what it reads
     bad = CliRunner().invoke(app, ["eval", str(dataset_folder), "--peer", "x:y", "--split", "dev"])
     assert bad.exit_code == 2 and "peer is 'x:y'" in bad.output
 

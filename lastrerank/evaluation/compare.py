@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lastrerank.evaluation.contenders import Contender
-from lastrerank.evaluation.report import evaluate, pyplot
+from lastrerank.evaluation.report import evaluate, first_stage, pyplot
 from lastrerank.kept import read_records, write_file
 
 # nDCG@10 as the papers and cards give it, beside what is measured: means over whole benchmarks, each by its author's
@@ -63,9 +63,12 @@ def compare(
     rows: list[dict[str, Any]] = []
     each: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     settings: dict[str, Any] = {}
+    # Once for all models, and before the first is loaded.
+    asked = ("split", "query_folder", "run", "top_k", "max_queries", "seed")
+    candidates = first_stage(folders, **{name: options[name] for name in asked if name in options})
     for number, (name, load) in enumerate(contenders.items()):
         contender = load()
-        report = evaluate(contender, folders, target / slugs[name], **options)
+        report = evaluate(contender, folders, target / slugs[name], candidates=candidates, **options)
         settings = {k: v for k, v in report["settings"].items() if k not in ("model", "digest", "dtype", "backend")}
         for row in report["rows"]:
             if row["ranking"] != "first stage":

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lastrerank.evaluation.beir import read_beir
+from lastrerank.evaluation.beir import BeirDataset, read_beir
 from lastrerank.evaluation.contenders import Contender
 from lastrerank.evaluation.run import (
     METRICS,
+    Ranking,
     bm25_candidates,
     evaluate_ranking,
     ordered,
@@ -20,6 +21,27 @@ from lastrerank.evaluation.run import (
 )
 from lastrerank.kept import write_file, write_records
 from lastrerank.reranker import Reranker
+
+
+def first_stage(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    split: str = "test",
+    query_folder: str | os.PathLike[str] | None = None,
+    run: str | os.PathLike[str] | None = None,
+    top_k: int = 100,
+    max_queries: int | None = None,
+    seed: int = 0,
+) -> list[tuple[BeirDataset, Ranking]]:
+    """Datasets and the candidates of their queries; arguments and errors as of `evaluate`."""
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1")
+    found = []
+    for folder in folders:
+        dataset = read_beir(folder, split, query_folder=query_folder, max_queries=max_queries, seed=seed)
+        candidates = bm25_candidates(dataset, top_k) if run is None else read_trec_run(run, dataset, top_k)
+        found.append((dataset, candidates))
+    return found
 
 
 def evaluate(
@@ -35,6 +57,7 @@ def evaluate(
     max_queries: int | None = None,
     max_doc_length: int | None = None,
     seed: int = 0,
+    candidates: Sequence[tuple[BeirDataset, Ranking]] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Rerank and score every dataset in every input order.
@@ -51,6 +74,7 @@ def evaluate(
         max_queries: a seeded sample of the judged queries.
         max_doc_length: cap in tokens; the checkpoint's own without one.
         seed: of the sample and the random order.
+        candidates: what `first_stage` gives for these arguments, where it has been asked before.
 
     Returns:
         The report that `results.json` holds: settings, and a row a dataset for the first stage and each order.
@@ -58,8 +82,10 @@ def evaluate(
     Raises:
         ValueError: a dataset, the run file or an argument is bad.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}, expected at least 1")
+    if candidates is None:
+        candidates = first_stage(
+            folders, split=split, query_folder=query_folder, run=run, top_k=top_k, max_queries=max_queries, seed=seed
+        )
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -68,15 +94,13 @@ def evaluate(
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     per_query: list[dict[str, Any]] = []
-    for folder in folders:
-        dataset = read_beir(folder, split, query_folder=query_folder, max_queries=max_queries, seed=seed)
-        candidates = bm25_candidates(dataset, top_k) if run is None else read_trec_run(run, dataset, top_k)
-        means, each = evaluate_ranking(dataset, candidates)
+    for dataset, found in candidates:
+        means, each = evaluate_ranking(dataset, found)
         base = {"dataset": dataset.name, "split": split, "queries": len(dataset.queries)}
         rows.append(base | {"ranking": "first stage", **means})
         per_query += [base | {"ranking": "first stage", "query": q, **values} for q, values in each.items()]
         for order in orders:
-            shown = ordered(candidates, order, seed)
+            shown = ordered(found, order, seed)
             path = target / f"{dataset.name.replace('>', '-to-')}-{order}.jsonl"
             done = rerank_run(
                 model, dataset, shown, path, settings | {"dataset": dataset.name, "order": order},
