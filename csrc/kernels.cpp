@@ -227,62 +227,43 @@ constexpr int kWeightMax = 64;
 long i8_groups(long k) { return padded_words(ceil_div(k, 4)); }
 long packed_i8_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * i8_groups(k) * 4; }
 
-// A weight beyond this many root mean squares of its output's weights would cost all the others their precision: a
-// Gaussian has one such in two million, a row with a few large weights loses nothing else once they are out.
-constexpr double kOutlier = 5.0;
-
-long pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
-             int32_t* sums, Outlier* outliers, long room) {
+void pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
+             int32_t* sums) {
   const long groups = i8_groups(k);
-  long count = 0;
   std::memset(packed, 0, packed_i8_size(n, k));
   std::vector<float> row(k);
   for (long column = 0; column < n; ++column) {
-    double squares = 0;
-    for (long i = 0; i < k; ++i) {
-      row[i] = element(weight, is_bf16, column * k + i);
-      squares += double(row[i]) * row[i];
-    }
-    // With a scale given, what its grid can't hold.
-    const float limit = scaled ? (kWeightMax + 0.5f) * scales[column]
-                               : static_cast<float>(kOutlier * std::sqrt(squares / static_cast<double>(k)));
+    for (long i = 0; i < k; ++i) row[i] = element(weight, is_bf16, column * k + i);
+    rotate(row.data(), k, row.data());
     float largest = 0;
-    for (long i = 0; i < k; ++i)
-      if (std::fabs(row[i]) <= limit) largest = std::max(largest, std::fabs(row[i]));
+    for (long i = 0; i < k; ++i) largest = std::max(largest, std::fabs(row[i]));
     // A scale is a normal number, so that it can be divided by and is one when it is loaded again.
     if (!scaled) scales[column] = largest > 0 ? std::max(largest / kWeightMax, FLT_MIN) : 1.0f;
     int32_t total = 0;
     for (long i = 0; i < k; ++i) {
-      if (std::fabs(row[i]) > limit) {
-        if (count < room) outliers[count] = {static_cast<int32_t>(column), static_cast<int32_t>(i), row[i]};
-        ++count;
-        continue;
-      }
-      const int q = static_cast<int>(std::lrint(row[i] / scales[column]));
+      const long q = std::clamp<long>(std::lrint(row[i] / scales[column]), -kWeightMax, kWeightMax);
       packed[((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4] = static_cast<int8_t>(q);
-      total += q;
+      total += static_cast<int32_t>(q);
     }
     sums[column] = total;
   }
-  return count;
 }
 
-void unpack_i8(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
-               float* weight) {
+void unpack_i8(const int8_t* packed, const float* scales, long n, long k, float* weight) {
   const long groups = i8_groups(k);
-  for (long column = 0; column < n; ++column)
+  for (long column = 0; column < n; ++column) {
     for (long i = 0; i < k; ++i) {
       const long at = ((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4;
       weight[column * k + i] = static_cast<float>(packed[at]) * scales[column];
     }
-  for (long e = 0; e < count; ++e) weight[outliers[e].output * k + outliers[e].input] = outliers[e].value;
+    rotate(weight + column * k, k, weight + column * k);
+  }
 }
 
 constexpr int kRowsI8 = kLanes == 8 ? 4 : kRows;  // leaves registers for the products
 
 void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-               const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, bool gated,
-               float* out, long ldo) {
+               const int32_t* sums, long n, const float* bias, bool gated, float* out, long ldo) {
   const long groups = i8_groups(k), width = groups * 4, steps = groups / kStepWords;
   // x in rows of `width`, or as AMX's registers.
   const RowStorage tiled(kAmx ? m : 0, steps, 1);
@@ -293,9 +274,11 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
   float* rs = row_scales.get();
   parallel_for(threads, ceil_div(m, 16), [=](long task) {
     std::vector<uint8_t> own(kAmx ? width : 0);
+    std::vector<float> rotated(k);
     for (long r = task * 16; r < std::min(m, task * 16 + 16); ++r) {
       uint8_t* row = kAmx ? own.data() : q + r * width;
-      rs[r] = quantize(x + r * ldx, k, magnitude(x + r * ldx, k), 127.0f, kZero, row);
+      rotate(x + r * ldx, k, rotated.data());
+      rs[r] = quantize(rotated.data(), k, magnitude(rotated.data(), k), 127.0f, kZero, row);
       std::memset(row + k, kZero, width - k);  // meets zero weights
       if constexpr (kAmx)
         for (long s = 0; s < steps; ++s) std::memcpy(rows->row(r) + s * kTileBytes, row + s * kStepBytes, kStepBytes);
@@ -322,13 +305,6 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
         });
       }
     }
-    auto before = [](const Outlier& outlier, long column) { return outlier.output < column; };
-    const Outlier *begin = std::lower_bound(outliers, outliers + count, first * kPanel, before),
-                  *stop = std::lower_bound(begin, outliers + count, last * kPanel, before);
-    if (begin != stop)
-      for (long r = row; r < end; ++r)
-        for (const Outlier* o = begin; o != stop; ++o)
-          c[(r - row) * ldc + o->output - first * kPanel] += x[r * ldx + o->input] * o->value;
   });
 }
 
@@ -685,15 +661,6 @@ constexpr auto guard(void (*)(A...)) {
   return &guarded<kKernel, A...>;
 }
 
-long pack_i8_guarded(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
-                     int32_t* sums, Outlier* outliers, long room) {
-  try {
-    return pack_i8(weight, is_bf16, n, k, scaled, packed, scales, sums, outliers, room);
-  } catch (...) {
-    return -1;
-  }
-}
-
 }  // namespace
 
 extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
@@ -709,7 +676,7 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
     unpack_f32,
     pack_bf16,
     unpack_bf16,
-    pack_i8_guarded,
+    guard<pack_i8>(pack_i8),
     unpack_i8,
     guard<linear_f32>(linear_f32),
     guard<linear_bf16_weight<true>>(linear_bf16_weight<true>),

@@ -8,12 +8,6 @@
 
 namespace lastrerank {
 
-// A weight too large for its output's int8 grid; several are in the order of outputs, then inputs.
-struct Outlier {
-  int32_t output, input;
-  float value;
-};
-
 // As they are; rounded to bf16; integers of 16 bits on a grid a row and head, softmax's weights on one a tile of keys.
 enum Precision : int { kFp32 = 0, kBf16 = 1, kInt16 = 2 };
 
@@ -36,15 +30,13 @@ struct Kernels {
   // The same in bf16; what is no bf16 number is rounded to nearest, ties to even.
   void (*pack_bf16)(const void* weight, bool bf16, long n, long k, uint16_t* packed);
   void (*unpack_bf16)(const uint16_t* packed, long n, long k, float* weight);
-  // Quantise to 7 bits a weight, symmetric, one scale an output, found here unless `scaled`; sums: of each output's
-  // quantised weights. Outliers are kept in fp32 beside it, in `outliers` as far as there is room, and counted;
-  // -1 where there is no memory.
-  long (*pack_i8)(const void* weight, bool bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
-                  int32_t* sums, Outlier* outliers, long room);
+  // Rotate (`rotate` in vectors.h) and quantise to 7 bits a weight, symmetric, one scale an output, found here unless
+  // `scaled`; sums: of each output's quantised weights.
+  int (*pack_i8)(const void* weight, bool bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
+                 int32_t* sums);
 
-  // The quantised weight [n, k] in fp32.
-  void (*unpack_i8)(const int8_t* packed, const float* scales, const Outlier* outliers, long count, long n, long k,
-                    float* weight);
+  // The quantised weight [n, k] in fp32, turned back.
+  void (*unpack_i8)(const int8_t* packed, const float* scales, long n, long k, float* weight);
 
   // out[m, n] = x[m, k] @ weight.T (+ bias[n] unless null). gated: the first half of the n outputs gate the second,
   // out[m, n / 2] = silu(gate) * up, as `swiglu` of the product; n is a multiple of two panels and bias null then.
@@ -56,10 +48,9 @@ struct Kernels {
   // The same with x as it is, in fp32; on AMX as three bf16 numbers each (`split` in amx.h says within which range).
   int (*linear_widened)(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, long n,
                         const float* bias, bool gated, float* out, long ldo);
-  // The same with x quantised on the fly, 8 bits, symmetric, one scale a row.
+  // The same with x rotated and quantised on the fly, 8 bits, symmetric, one scale a row.
   int (*linear_i8)(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
-                   const int32_t* sums, const Outlier* outliers, long count, long n, const float* bias, bool gated,
-                   float* out, long ldo);
+                   const int32_t* sums, long n, const float* bias, bool gated, float* out, long ldo);
 
   // residual += x (unless x is null), out = residual / rms(residual) * weight
   int (*add_rms_norm)(int threads, float* residual, long ldr, const float* x, long ldx, const float* weight, float eps,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -138,6 +139,70 @@ inline Bf16Vec to_bf16(Vec x) {
 inline Vec widened(Bf16Vec x) { return bits<Vec>(__builtin_convertvector(x, UVec) << 16); }
 inline void store_bf16(uint16_t* p, Vec x) { *reinterpret_cast<Bf16Vec*>(p) = to_bf16(x); }
 inline Vec rounded_to_bf16(Vec x) { return widened(to_bf16(x)); }
+
+// ---- rotation -----------------------------------------------------------------------------------------------------
+
+template <int kStep, int... I>
+LASTRERANK_INLINE Vec partners(Vec v, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (I ^ kStep)...);
+#else
+  return __builtin_shuffle(v, IVec{(I ^ kStep)...});
+#endif
+}
+template <int kStep, int... I>
+LASTRERANK_INLINE Vec signs(std::integer_sequence<int, I...>) {
+  return Vec{(I & kStep ? -1.0f : 1.0f)...};
+}
+
+// Sums of lanes kStep apart in the first of each two, differences in the second.
+template <int kStep>
+LASTRERANK_INLINE Vec butterfly(Vec v) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  return v * signs<kStep>(lanes) + partners<kStep>(v, lanes);
+}
+
+// Inputs of a rotated block: the largest power of two that divides n, at most 64.
+inline long rotated_block(long n) { return std::min<long>(64, n & -n); }
+
+// Each block of x times the Walsh-Hadamard matrix of its size, an orthogonal one that is its own inverse: what stands
+// out in a block is shared among all its numbers. out may be x.
+inline void rotate(const float* x, long n, float* out) {
+  const long block = rotated_block(n);
+  if (block == 64) {
+    constexpr int vectors = 64 / kLanes;
+    for (long at = 0; at < n; at += 64) {
+      Vec v[vectors];
+#pragma GCC unroll 16
+      for (int i = 0; i < vectors; ++i) {
+        v[i] = butterfly<2>(butterfly<1>(load(x + at + i * kLanes)));
+        if constexpr (kLanes > 4) v[i] = butterfly<4>(v[i]);
+        if constexpr (kLanes > 8) v[i] = butterfly<8>(v[i]);
+      }
+#pragma GCC unroll 4
+      for (int step = 1; step < vectors; step *= 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < vectors; ++i)
+          if ((i & step) == 0) {
+            const Vec a = v[i], b = v[i | step];
+            v[i] = a + b;
+            v[i | step] = a - b;
+          }
+#pragma GCC unroll 16
+      for (int i = 0; i < vectors; ++i) store(out + at + i * kLanes, v[i] * 0.125f);
+    }
+    return;
+  }
+  const float root = 1.0f / std::sqrt(static_cast<float>(block));
+  for (long i = 0; i < n; ++i) out[i] = x[i] * root;
+  for (long step = 1; step < block; step *= 2)
+    for (long i = 0; i < n; ++i)
+      if ((i & step) == 0) {  // blocks begin at multiples of their size
+        const float a = out[i], b = out[i + step];
+        out[i] = a + b;
+        out[i + step] = a - b;
+      }
+}
 
 // ---- integers -----------------------------------------------------------------------------------------------------
 

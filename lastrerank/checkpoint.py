@@ -28,6 +28,7 @@ from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
 from lastrerank.readouts import Head, Projector, Readout
+from lastrerank.rotation import INT8_MAX, rotated
 from lastrerank.stored import (
     EMBEDDING,
     IGNORED,
@@ -112,8 +113,7 @@ class Checkpoint:
     def parameters(self) -> int:
         """Numbers in the tensors that are stored; of the files' headers."""
         with Tensors(self.folder) as tensors:
-            beside = ("_scale", "_outlier", "_outlier_index")
-            return sum(math.prod(tensors.shape(name)) for name in tensors.names() if not name.endswith(beside))
+            return sum(math.prod(tensors.shape(name)) for name in tensors.names() if not name.endswith("_scale"))
 
     def embedding_checksum(self) -> int:
         """Of the table's bytes, at the speed of memory; read apart from the mapping that `weights` gives, whose pages
@@ -322,12 +322,9 @@ def _load(
         """As stored, or what an int8 tensor stands for; checked to be finite."""
         part = tensors.read(stored[name])
         if part.dtype == torch.int8:
-            part = part.float() * tensors.read(stored[f"{name}_scale"])[:, None]
-            if f"{name}_outlier" in stored:
-                rows, columns = tensors.read(stored[f"{name}_outlier_index"]).long().T
-                if not ((rows >= 0) & (rows < len(part)) & (columns >= 0) & (columns < part.shape[1])).all():
-                    raise ValueError(f"{name}_outlier_index points outside of {tuple(part.shape)}")
-                part[rows, columns] = tensors.read(stored[f"{name}_outlier"])
+            if int(part.max()) > INT8_MAX or int(part.min()) < -INT8_MAX:
+                raise ValueError(f"{name} has integers beyond {INT8_MAX}")
+            part = rotated(part.float() * tensors.read(stored[f"{name}_scale"])[:, None])
         if part.dtype == torch.float64:
             part = part.float()  # nothing here computes in it
         if adapter is not None:
@@ -431,10 +428,6 @@ def _account(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, str]:
     if config.quantised:
         for name in linears & stored.keys():
             expected[f"{name}_scale"], kinds[f"{name}_scale"] = expected[name][:1], ("F32",)
-            if f"{name}_outlier" in stored:
-                count = tensors.shape(stored[f"{name}_outlier"])[:1]
-                expected[f"{name}_outlier"], kinds[f"{name}_outlier"] = count, ("F32",)
-                expected[f"{name}_outlier_index"], kinds[f"{name}_outlier_index"] = (*count, 2), ("I32",)
     _check_stored(tensors, stored, expected, kinds)
     for name in linears if config.quantised else ():
         scales = tensors.read(stored[f"{name}_scale"])

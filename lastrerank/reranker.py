@@ -257,10 +257,9 @@ class Reranker(CrossEncoderFace):
         """Write this model in the published format, weights in its dtype, in place of the checkpoint that `folder`
         holds, in one step (see `lastrerank.saving`); Python files that the checkpoint names are copied, not run.
 
-        int8: the linears as int8 with a scale for each output (`..._proj.weight_scale`), half the size of 16 bit, and
-        the outliers of each (`..._proj.weight_outlier`, `..._outlier_index`). Other programs refuse it by its
-        `quantization_config`. Loaded with dtype "int8" it gives the same scores; with another, those of the quantised
-        weights.
+        int8: the linears rotated (see `lastrerank.rotation`), as int8 with a scale for each output
+        (`..._proj.weight_scale`), half the size of 16 bit. Other programs refuse it by its `quantization_config`.
+        Loaded with dtype "int8" it gives the same scores; with another, those of the quantised weights.
 
         A family that scores by logits is saved as a classifier of one output (`score.weight`, in fp32 whatever the
         dtype is), which Transformers reads as such, in the dtype that it is told.

@@ -24,9 +24,8 @@ from lastrerank.kept import partial_name
 from lastrerank.model import ModelWeights
 from lastrerank.ops import QuantisedWeight, Weight
 from lastrerank.readouts import Head, Projector
+from lastrerank.rotation import rotated
 
-# The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
-_INT8_MAX = 64
 # What makes up a checkpoint, in this format or an earlier save's: it goes when another takes its place, everything else
 # in the folder stays. Beside these go the weights that an index names and the Python files that `auto_map` names.
 _CHECKPOINT_FILES = re.compile(
@@ -140,18 +139,12 @@ def state_dict(config: ModelConfig, weights: ModelWeights) -> dict[str, torch.Te
 def quantised(
     raw_config: Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and state in which weights have a `..._scale` fp32 `[out]`, those as int8 `[out, in]`.
-
-    What their grids can't hold is kept apart: `..._outlier` fp32 `[E]` at `..._outlier_index` int32 `[E, 2]`.
-    """
+    """Configuration and state in which weights that have a `..._scale` fp32 `[out]` are int8 `[out, in]`: numbers of
+    steps, rotated (see `lastrerank.rotation`)."""
     found = dict(state)
     for name, tensor in state.items():
         if f"{name}_scale" in state:
-            steps = (tensor / state[f"{name}_scale"][:, None]).round()
-            large = steps.abs() > _INT8_MAX
-            found[name] = steps.masked_fill(large, 0).to(torch.int8)
-            if large.any():
-                found[f"{name}_outlier"], found[f"{name}_outlier_index"] = tensor[large], large.nonzero().int()
+            found[name] = (rotated(tensor) / state[f"{name}_scale"][:, None]).round().to(torch.int8)
     return {**raw_config, "quantization_config": QUANTIZATION}, found
 
 

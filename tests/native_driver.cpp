@@ -20,7 +20,6 @@
 #include "kernels.h"
 
 using lastrerank::Kernels;
-using lastrerank::Outlier;
 extern "C" const Kernels* lastrerank_kernels(int i);
 
 namespace {
@@ -64,7 +63,6 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   const long m = 1 + rng() % 150, n = 1 + rng() % 90, d = 1 + rng() % 600, pad = rng() % 5;
   Buffer x = random_buffer(rng, m * (d + pad)), w = random_buffer(rng, n * d), bias = random_buffer(rng, n),
          out(m * (n + pad)), back(n * d);
-  for (long i = 0; i < n && d >= 64; i += 1 + rng() % 9) w.data[i * d + rng() % d] *= 40;  // outliers, for int8
   std::vector<float> packed(k.packed_f32_size(n, d));
   k.pack_f32(w.data, false, n, d, packed.data());
   k.unpack_f32(packed.data(), n, d, back.data);
@@ -104,14 +102,15 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
   std::vector<int8_t> packed8(k.packed_i8_size(n, d));
   std::vector<float> scales(n);
   std::vector<int32_t> sums(n);
-  const long count = k.pack_i8(w.data, false, n, d, false, packed8.data(), scales.data(), sums.data(), nullptr, 0);
-  std::vector<Outlier> outliers(count);
-  expect(k.pack_i8(w.data, false, n, d, false, packed8.data(), scales.data(), sums.data(), outliers.data(), count) ==
-             count, "pack_i8 counts outliers", k.name);
-  k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), outliers.data(), count, n,
-              bias.data, false, out.data, n + pad);
-  k.unpack_i8(packed8.data(), scales.data(), outliers.data(), count, n, d, back.data);
-  for (long i = 0; i < n * d; ++i) right_i8 &= std::fabs(back.data[i] - w.data[i]) <= 0.501f * scales[i / d];
+  expect(k.pack_i8(w.data, false, n, d, false, packed8.data(), scales.data(), sums.data()) == 0, "pack_i8", k.name);
+  k.linear_i8(threads, x.data, d + pad, m, d, packed8.data(), scales.data(), sums.data(), n, bias.data, false, out.data,
+              n + pad);
+  k.unpack_i8(packed8.data(), scales.data(), n, d, back.data);
+  for (long i = 0; i < n; ++i) {  // half a step each before it is turned, in whatever direction after it
+    double off = 0;
+    for (long l = 0; l < d; ++l) off += std::pow(double(back.data[i * d + l]) - w.data[i * d + l], 2);
+    right_i8 &= std::sqrt(off) <= 0.501 * scales[i] * std::sqrt(double(d));
+  }
   for (long i = 0; i < m * n; ++i)
     right_i8 &= std::fabs(out.data[i / n * (n + pad) + i % n] - truth[i]) < 0.12 * std::sqrt(double(d)) + 0.1;
   expect(same, "unpack_f32", k.name);
@@ -123,7 +122,6 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
 void gated(const Kernels& k, std::mt19937& rng, int threads) {
   const long m = 1 + rng() % 300, half = k.panel * (1 + rng() % 6), n = 2 * half, d = 1 + rng() % 300;
   Buffer x = random_buffer(rng, m * d), w = random_buffer(rng, n * d), product(m * n), apart(m * half), out(m * half);
-  for (long i = 0; i < n && d >= 64; i += 5) w.data[i * d + rng() % d] *= 40;  // outliers, for int8
   const auto same = [&](const auto& linear) {
     linear(false, product.data, n);
     linear(true, out.data, half);
@@ -144,11 +142,9 @@ void gated(const Kernels& k, std::mt19937& rng, int threads) {
   std::vector<int8_t> i8(k.packed_i8_size(n, d));
   std::vector<float> scales(n);
   std::vector<int32_t> sums(n);
-  std::vector<Outlier> outliers(n * d);
-  const long count = k.pack_i8(w.data, false, n, d, false, i8.data(), scales.data(), sums.data(), outliers.data(), n * d);
+  k.pack_i8(w.data, false, n, d, false, i8.data(), scales.data(), sums.data());
   expect(same([&](bool gate, float* to, long ld) {
-    k.linear_i8(threads, x.data, d, m, d, i8.data(), scales.data(), sums.data(), outliers.data(), count, n, nullptr, gate,
-                to, ld);
+    k.linear_i8(threads, x.data, d, m, d, i8.data(), scales.data(), sums.data(), n, nullptr, gate, to, ld);
   }), "linear_i8, gated", k.name);
 }
 

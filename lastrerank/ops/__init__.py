@@ -69,7 +69,7 @@ class Operations(Protocol):
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """A stored weight `[out, in]`, on its device, as `linear` wants it; called once a weight at load.
 
-        scales: fp32 `[out]`, of a weight that was stored in int8: where it isn't an outlier it is on their grid.
+        scales: fp32 `[out]`, of a weight that was stored in int8: rotated (`lastrerank.rotation`), it is on their grid.
         """
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

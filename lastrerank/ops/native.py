@@ -7,9 +7,10 @@ fp32 activations between operations, and one of three precisions of what is mult
   in; likewise queries, keys, values and softmax's weights in attention. Products are exact, sums in fp32. What is
   rounded is the same on every processor, but for softmax's weights, which AMX has in larger tiles, under another
   maximum: one with units for bf16 multiplies faster, any other needs half the memory all the same.
-- int8: weights 7 bits and symmetric per output, the few too large for that kept in fp32 beside them; activations 8 bits
-  and symmetric per row; integer accumulation. In attention integers of 16 bits, symmetric per row and head, softmax's
-  weights per row and tile of 64 keys: without VNNI that takes no more multiplications than 8 bits do.
+- int8: weights 7 bits and symmetric per output, activations 8 bits and symmetric per row, both rotated first
+  (`lastrerank.rotation`), so that none is far larger than the others; integer accumulation. In attention integers of 16
+  bits, symmetric per row and head, softmax's weights per row and tile of 64 keys: without VNNI that takes no more
+  multiplications than 8 bits do. On AMX attention is that of bfloat16.
 
 What the kernels don't do better than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
 
@@ -25,7 +26,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lastrerank.isolation import num_threads
@@ -41,10 +41,9 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 8
+_VERSION = 9
 # What attention multiplies (Precision of kernels.h), by the dtype that was asked for.
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_OUTLIER = np.dtype([("output", "i4"), ("input", "i4"), ("value", "f4")])  # of kernels.h
 _B, _I, _L, _F, _P = ctypes.c_bool, ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
 
@@ -62,12 +61,12 @@ class _Kernels(ctypes.Structure):
         ("unpack_f32", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
         ("pack_bf16", ctypes.CFUNCTYPE(None, _P, _B, _L, _L, _P)),
         ("unpack_bf16", ctypes.CFUNCTYPE(None, _P, _L, _L, _P)),
-        ("pack_i8", ctypes.CFUNCTYPE(_L, _P, _B, _L, _L, _B, _P, _P, _P, _P, _L)),
-        ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _P, _L, _L, _L, _P)),
+        ("pack_i8", ctypes.CFUNCTYPE(_I, _P, _B, _L, _L, _B, _P, _P, _P)),
+        ("unpack_i8", ctypes.CFUNCTYPE(None, _P, _P, _L, _L, _P)),
         ("linear_f32", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
         ("linear_bf16", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
         ("linear_widened", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L, _P, _B, _P, _L)),
-        ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _P, _L, _L, _P, _B, _P, _L)),
+        ("linear_i8", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _P, _P, _L, _P, _B, _P, _L)),
         ("add_rms_norm", ctypes.CFUNCTYPE(_I, _I, _P, _L, _P, _L, _P, _F, _L, _L, _P, _L)),
         ("swiglu", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _P, _L)),
         ("qk_norm_rope", ctypes.CFUNCTYPE(_I, _I, _P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _F)),
@@ -130,7 +129,9 @@ class NativeOperations(ReferenceOperations):
             raise RuntimeError(f"LASTRERANK_ISA is {forced!r}, this processor and library have {list(tables)}")
         self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
         self.dtype = dtype
-        self._precision = _PRECISIONS[dtype]
+        # Tiles multiply bf16 numbers several times as fast as anything else does integers of 16 bits.
+        in_tiles = dtype == torch.int8 and self.kernels.widened_is_faster
+        self._precision = _PRECISIONS[torch.bfloat16 if in_tiles else dtype]
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
@@ -298,11 +299,7 @@ class PackedWeight(NativeWeight):
 
 
 class Int8Weight(NativeWeight):
-    """One quantised to int8 (7 bits used), a scale an output.
-
-    A weight beyond five root mean squares of its output's is an outlier, kept in fp32 and multiplied apart: one of
-    them would stretch the grid under all the others ("dense and sparse", arXiv 2306.07629).
-    """
+    """One rotated (`lastrerank.rotation`) and quantised to int8 (7 bits used), a scale an output."""
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor | None, kernels: Any) -> None:
         check_weight(weight, scales)
@@ -312,34 +309,22 @@ class Int8Weight(NativeWeight):
         self._packed = _empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
         self._sums = _empty(len(weight), dtype=torch.int32)
         self.scales = _empty(len(weight)) if scales is None else scales.float().contiguous().clone()
-        count = 0
-        while True:  # twice where there are outliers: they are counted first
-            self._outliers = np.empty(count, _OUTLIER)
-            found = kernels.pack_i8(
-                _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape, scales is not None,
-                self._packed.data_ptr(), _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data,
-                count,
-            )  # fmt: skip
-            if found < 0:
-                raise MemoryError(f"no memory to quantise a weight of {tuple(weight.shape)}")
-            if found == count:
-                break
-            count = found
+        _done(kernels.pack_i8(
+            _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape, scales is not None,
+            self._packed.data_ptr(), _pointer(self.scales), self._sums.data_ptr(),
+        ))  # fmt: skip
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None, gated: bool, out: torch.Tensor) -> None:
         _done(self._kernels.linear_i8(
             num_threads(), _pointer(x), x.stride(0), *x.shape, self._packed.data_ptr(),
-            _pointer(self.scales), self._sums.data_ptr(), self._outliers.ctypes.data, len(self._outliers),
-            self.out_features, _pointer(bias), gated, _pointer(out), out.stride(0),
+            _pointer(self.scales), self._sums.data_ptr(), self.out_features, _pointer(bias), gated, _pointer(out),
+            out.stride(0),
         ))  # fmt: skip
 
     def unpack(self) -> torch.Tensor:
         """What it multiplies by, in fp32: not the weight it was made from."""
         weight = _empty(self.out_features, self.in_features)
-        self._kernels.unpack_i8(
-            self._packed.data_ptr(), _pointer(self.scales), self._outliers.ctypes.data, len(self._outliers),
-            *weight.shape, _pointer(weight),
-        )  # fmt: skip
+        self._kernels.unpack_i8(self._packed.data_ptr(), _pointer(self.scales), *weight.shape, _pointer(weight))
         return weight
 
 
