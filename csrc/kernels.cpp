@@ -235,12 +235,17 @@ void pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8
   for (long column = 0; column < n; ++column) {
     for (long i = 0; i < k; ++i) row[i] = element(weight, is_bf16, column * k + i);
     rotate(row.data(), k, row.data());
-    float largest = 0;
-    for (long i = 0; i < k; ++i) largest = std::max(largest, std::fabs(row[i]));
+    float largest = 0, zero = 0;  // what is not finite makes NaN of zero
+    for (long i = 0; i < k; ++i) {
+      largest = std::max(largest, std::fabs(row[i]));
+      zero += row[i] * 0.0f;
+    }
     // A scale is a normal number, so that it can be divided by and is one when it is loaded again.
     if (!scaled) scales[column] = largest > 0 ? std::max(largest / kWeightMax, FLT_MIN) : 1.0f;
+    if (zero != 0.0f) scales[column] = NAN;  // and of every product
     int32_t total = 0;
-    for (long i = 0; i < k; ++i) {
+    for (long i = 0; i < k && zero == 0.0f; ++i) {
+      // More would saturate in vpmaddubsw.
       const long q = std::clamp<long>(std::lrint(row[i] / scales[column]), -kWeightMax, kWeightMax);
       packed[((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4] = static_cast<int8_t>(q);
       total += static_cast<int32_t>(q);

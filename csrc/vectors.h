@@ -175,7 +175,7 @@ inline void rotate(const float* x, long n, float* out) {
       Vec v[vectors];
 #pragma GCC unroll 16
       for (int i = 0; i < vectors; ++i) {
-        v[i] = butterfly<2>(butterfly<1>(load(x + at + i * kLanes)));
+        v[i] = butterfly<2>(butterfly<1>(load(x + at + i * kLanes) * 0.125f));
         if constexpr (kLanes > 4) v[i] = butterfly<4>(v[i]);
         if constexpr (kLanes > 8) v[i] = butterfly<8>(v[i]);
       }
@@ -189,7 +189,7 @@ inline void rotate(const float* x, long n, float* out) {
             v[i | step] = a - b;
           }
 #pragma GCC unroll 16
-      for (int i = 0; i < vectors; ++i) store(out + at + i * kLanes, v[i] * 0.125f);
+      for (int i = 0; i < vectors; ++i) store(out + at + i * kLanes, v[i]);
     }
     return;
   }

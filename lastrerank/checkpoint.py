@@ -184,7 +184,7 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
 def resolve_base(adapter: adapters.Adapter) -> tuple[str, Path]:
     """As `resolve`, of what an adapter was made for."""
     # What PEFT noted of the Hub says nothing of a folder that has been put in its place.
-    return resolve(adapter.base, None if Path(adapter.base).is_dir() else adapter.revision)
+    return resolve(adapter.base, None if os.path.isdir(adapter.base) else adapter.revision)
 
 
 def _refuse_revision(revision: str | None, what: str) -> None:

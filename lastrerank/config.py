@@ -183,9 +183,12 @@ class ModelConfig:
         )
 
 
+# Inputs of a weight that are rotated together (`lastrerank.rotation`), at most.
+MOST_ROTATED = 64
+
 # As `save_pretrained` marks int8 weights, so that no other program takes them for numbers: Transformers refuses a
 # configuration without `quant_method` (one that it doesn't know it skips, and loads the integers).
-QUANTIZATION = {"format": "lastrerank-int8", "rotation": "hadamard"}
+QUANTIZATION = {"format": "lastrerank-int8", "rotation": "hadamard", "block": MOST_ROTATED}
 
 
 def _bad(name: str, value: object, expected: str) -> ValueError:
@@ -316,8 +319,9 @@ def _layer_windows(raw: Mapping[str, Any], num_layers: int, windowed: bool) -> t
 def _quantised(raw: Mapping[str, Any]) -> bool:
     value = raw.get("quantization_config")
     if value is not None and value != QUANTIZATION:
+        method = value.get("quant_method", value) if isinstance(value, Mapping) else value
         raise ValueError(
-            f"config.json: quantization_config is {value!r:.80}, which is not supported; load the unquantised "
-            "checkpoint, with dtype='int8' or 'float8' if it is to be small"
+            f"config.json: quantization_config asks for {method!r:.80}, which this version does not support; load the "
+            "unquantised checkpoint, with dtype='int8' or 'float8' if it is to be small"
         )
     return value is not None

@@ -81,7 +81,7 @@ def _kernels(device: torch.device, dtype: torch.dtype, model: str | Path) -> dic
         verdict = asdict(selfcheck.verdict(backend, source.config, device, dtype))
         refused = {"refused": found} if found else {}
         found = {"backend": backend, "model": source.name, **verdict, **refused}
-        if found["ok"]:
+        if found["ok"] or not found["lasting"]:
             break
     return found
 

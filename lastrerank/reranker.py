@@ -151,7 +151,8 @@ class Reranker(CrossEncoderFace):
 
     def identity(self) -> dict[str, Any]:
         """What makes a score with these weights what it is, for whoever keeps results: the model's name, a SHA-256 of
-        configuration, tokenizer, weights and prompt, dtype and backend. Reads the files once more.
+        configuration, tokenizer, weights and prompt, dtype and backend; and how numbers are rounded where that is not
+        the same on every processor. Reads the files once more.
 
         Raises:
             ValueError: a file has changed since it was loaded.
@@ -161,7 +162,10 @@ class Reranker(CrossEncoderFace):
             if not isinstance(self.family.readout, Cosine):
                 parts.append(dict(vars(self.family.readout)))
             self._digest = digest(self.checkpoint.digest(), *parts)
-        return {"model": self.checkpoint.name, "digest": self._digest, "dtype": self.dtype, "backend": self.backend}
+        how = {} if self.model.ops.rounding is None else {"rounding": self.model.ops.rounding}
+        return {
+            "model": self.checkpoint.name, "digest": self._digest, "dtype": self.dtype, "backend": self.backend, **how
+        }  # fmt: skip
 
     # What people call
 

@@ -11,14 +11,15 @@ import math
 
 import torch
 
-_MOST = 64
+from lastrerank.config import MOST_ROTATED
+
 # The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
 INT8_MAX = 64
 
 
 def block_of(width: int) -> int:
     """Numbers that are rotated together, of rows of `width`: the largest power of two that divides it, at most 64."""
-    return math.gcd(width, _MOST)
+    return math.gcd(width, MOST_ROTATED)
 
 
 def rotated(rows: torch.Tensor) -> torch.Tensor:
@@ -26,6 +27,6 @@ def rotated(rows: torch.Tensor) -> torch.Tensor:
     width = rows.shape[1]
     turned, step = rows * block_of(width) ** -0.5, 1
     while step < block_of(width):
-        a, b = turned.view(-1, width // (2 * step), 2, step).unbind(2)
-        turned, step = torch.stack([a + b, a - b], 2).view(-1, width), 2 * step
+        a, b = turned.reshape(-1, width // (2 * step), 2, step).unbind(2)
+        turned, step = torch.stack([a + b, a - b], 2).reshape(-1, width), 2 * step
     return turned

@@ -60,7 +60,8 @@ float rounded(float x) {
 bool close(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1 + std::fabs(b)); }
 
 void linears(const Kernels& k, std::mt19937& rng, int threads) {
-  const long m = 1 + rng() % 150, n = 1 + rng() % 90, d = 1 + rng() % 600, pad = rng() % 5;
+  const long m = 1 + rng() % 150, n = 1 + rng() % 90, pad = rng() % 5;
+  const long d = rng() % 2 ? 1 + rng() % 600 : 64 * (1 + rng() % 9);  // blocks of 64 are rotated by vectors
   Buffer x = random_buffer(rng, m * (d + pad)), w = random_buffer(rng, n * d), bias = random_buffer(rng, n),
          out(m * (n + pad)), back(n * d);
   std::vector<float> packed(k.packed_f32_size(n, d));
@@ -120,7 +121,8 @@ void linears(const Kernels& k, std::mt19937& rng, int threads) {
 
 // Products whose first half are gates of the second are bitwise swiglu of the product.
 void gated(const Kernels& k, std::mt19937& rng, int threads) {
-  const long m = 1 + rng() % 300, half = k.panel * (1 + rng() % 6), n = 2 * half, d = 1 + rng() % 300;
+  const long m = 1 + rng() % 300, half = k.panel * (1 + rng() % 6), n = 2 * half;
+  const long d = rng() % 2 ? 1 + rng() % 300 : 64 * (1 + rng() % 5);
   Buffer x = random_buffer(rng, m * d), w = random_buffer(rng, n * d), product(m * n), apart(m * half), out(m * half);
   const auto same = [&](const auto& linear) {
     linear(false, product.data, n);

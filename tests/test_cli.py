@@ -58,8 +58,10 @@ def test_bench_times_what_agrees(run):
         assert row["tau"] == 1.0 or row["dtype"] in ("int8", "bfloat16")
     shown = run("bench", "--documents", "3", "--doc-tokens", "20", "--runs", "1", "--device", "cpu")
     assert "tokens/s" in shown.stdout and "reference" in shown.stdout and "use backend=" in shown.stdout
-    refused = run("bench", "--family", "qwen3-reranker", "--revision", "x", "--threads", "1", "--device", "cpu")
-    assert refused.returncode == 2 and "revision is 'x'" in refused.stderr
+    for option, value, message in (("--family", "no-such", "family"), ("--revision", "x", "revision is 'x'"),
+                                   ("--threads", "0", "--threads")):  # fmt: skip
+        refused = run("bench", option, value, "--device", "cpu")
+        assert refused.returncode == 2 and message in refused.stderr
 
 
 def test_what_is_recommended():

@@ -70,10 +70,11 @@ def test_int8_equals_the_integer_reference(rows, inner, outer, seed):
 
 
 def test_int8_on_every_instruction_set(isa):
-    x, weight = torch.randn(33, 257), torch.randn(65, 257)
-    weight[1::2, 200] = 30.0
-    out = NativeOperations(torch.int8).prepare(weight).matmul(x, None, None)
-    torch.testing.assert_close(out.double(), integer_reference(x, weight), rtol=2e-6, atol=1e-5)
+    for width in (257, 96, 576):  # rotated by one, 32 and 64
+        x, weight = torch.randn(33, width), torch.randn(65, width)
+        weight[1::2, 70] = 30.0
+        out = NativeOperations(torch.int8).prepare(weight).matmul(x, None, None)
+        torch.testing.assert_close(out.double(), integer_reference(x, weight), rtol=2e-6, atol=1e-5)
     # Extreme values: nothing saturates on the way.
     x, weight = rotated(torch.full((5, 3072), 7.0)), rotated(torch.full((9, 3072), 3.0))
     out = NativeOperations(torch.int8).prepare(weight).matmul(x, None, None)
@@ -84,8 +85,12 @@ def test_int8_on_every_instruction_set(isa):
 def test_int8_does_not_hide_what_is_not_finite(isa, bad):
     x = torch.randn(3, 64)
     x[1, 40] = bad
-    out = NativeOperations(torch.int8).prepare(torch.randn(8, 64)).matmul(x, None, None)
+    weight = torch.randn(8, 64)
+    out = NativeOperations(torch.int8).prepare(weight).matmul(x, None, None)
     assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+    weight[3, 7] = bad
+    out = NativeOperations(torch.int8).prepare(weight).matmul(torch.randn(2, 64), None, None)
+    assert out[:, 3].isnan().all() and out[:, [2, 4]].isfinite().all()
 
 
 def test_bf16_weights_are_read_directly(isa):
@@ -340,7 +345,7 @@ def test_int8_scores_differ_little(tiny, documents):
 
 def test_a_quantised_weight_unpacked_and_packed_again_is_itself(isa):
     operations = NativeOperations(torch.int8)
-    for shape in ((5, 7), (64, 64), (33, 130)):
+    for shape in ((5, 7), (64, 64), (33, 130), (9, 96), (17, 3072)):
         weight = torch.randn(shape)
         packed = operations.prepare(weight)
         unpacked, turned = packed.unpack(), rotated(weight)
@@ -396,8 +401,11 @@ def test_a_quantised_model_is_kept(small, documents, tmp_path):
     int8 = Reranker.from_pretrained(small, dtype="int8")
     int8.save_pretrained(tmp_path / "int8")
     expected = scores(int8, documents[:20])
-    again = scores(Reranker.from_pretrained(tmp_path / "int8", dtype="int8"), documents[:20])
-    assert expected == again
+    again = Reranker.from_pretrained(tmp_path / "int8", dtype="int8")
+    assert expected == scores(again, documents[:20])
+    again.save_pretrained(tmp_path / "twice")
+    first, second = (safetensors.torch.load_file(tmp_path / n / "model.safetensors") for n in ("int8", "twice"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     truth = scores(Reranker.from_pretrained(tmp_path / "int8", backend="reference"), documents[:20])
     assert max(abs(expected[i] - truth[i]) for i in expected) < 0.1  # the activations are not quantised here
     stored = safetensors.torch.load_file(tmp_path / "int8" / "model.safetensors")

@@ -106,6 +106,11 @@ def test_int8_is_refused_by_those_who_would_take_it_for_numbers(small, tmp_path)
     load(small, dtype="int8").save_pretrained(tmp_path / "int8")
     with pytest.raises(ValueError, match="quant_method"):
         AutoModel.from_pretrained(tmp_path / "int8")
+    earlier = shutil.copytree(tmp_path / "int8", tmp_path / "earlier")  # a format that had no rotation
+    raw = json.loads((earlier / "config.json").read_text())
+    (earlier / "config.json").write_text(json.dumps(raw | {"quantization_config": {"format": "lastrerank-int8"}}))
+    with pytest.raises(ValueError, match="'lastrerank-int8'.*this version does not support; load the unquantised"):
+        load(earlier)
     again = load(tmp_path / "int8")  # in float32: the quantised weights
     again.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())

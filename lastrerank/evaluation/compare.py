@@ -7,12 +7,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from lastrerank.evaluation.beir import BeirDataset
 from lastrerank.evaluation.contenders import Contender
-from lastrerank.evaluation.report import evaluate, first_stage, pyplot
+from lastrerank.evaluation.report import first_stage, pyplot, rerank_and_score
+from lastrerank.evaluation.run import Ranking
 from lastrerank.kept import read_records, write_file
 
 # nDCG@10 as the papers and cards give it, beside what is measured: means over whole benchmarks, each by its author's
@@ -63,12 +66,13 @@ def compare(
     rows: list[dict[str, Any]] = []
     each: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     settings: dict[str, Any] = {}
-    # Once for all models, and before the first is loaded.
-    asked = ("split", "query_folder", "run", "top_k", "max_queries", "seed")
-    candidates = first_stage(folders, **{name: options[name] for name in asked if name in options})
+    # Once for all models, and before the first is loaded; of the documents those that are candidates.
+    ranking = {name: options.pop(name) for name in ("orders", "max_doc_length", "progress") if name in options}
+    asked, searched = first_stage(folders, **options)
+    judged = [(_of_candidates(dataset, candidates), candidates) for dataset, candidates in searched]
     for number, (name, load) in enumerate(contenders.items()):
         contender = load()
-        report = evaluate(contender, folders, target / slugs[name], candidates=candidates, **options)
+        report = rerank_and_score(contender, asked, judged, target / slugs[name], **ranking)
         settings = {k: v for k, v in report["settings"].items() if k not in ("model", "digest", "dtype", "backend")}
         for row in report["rows"]:
             if row["ranking"] != "first stage":
@@ -92,6 +96,11 @@ def compare(
     write_file(target / "results.json", json.dumps(report, indent=1) + "\n")
     plot(report, target / "results.png")
     return report
+
+
+def _of_candidates(dataset: BeirDataset, candidates: Ranking) -> BeirDataset:
+    named = {name for names in candidates.values() for name in names}
+    return replace(dataset, documents={name: text for name, text in dataset.documents.items() if name in named})
 
 
 def _run_by(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,22 @@ def first_stage(
     top_k: int = 100,
     max_queries: int | None = None,
     seed: int = 0,
-) -> list[tuple[BeirDataset, Ranking]]:
-    """Datasets and the candidates of their queries; arguments and errors as of `evaluate`."""
+) -> tuple[dict[str, Any], Iterator[tuple[BeirDataset, Ranking]]]:
+    """Settings, and datasets with the candidates of their queries, one read at a time; arguments and errors as of
+    `evaluate`."""
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1")
-    found = []
-    for folder in folders:
-        dataset = read_beir(folder, split, query_folder=query_folder, max_queries=max_queries, seed=seed)
-        candidates = bm25_candidates(dataset, top_k) if run is None else read_trec_run(run, dataset, top_k)
-        found.append((dataset, candidates))
-    return found
+
+    def searched() -> Iterator[tuple[BeirDataset, Ranking]]:
+        for folder in folders:
+            dataset = read_beir(folder, split, query_folder=query_folder, max_queries=max_queries, seed=seed)
+            yield dataset, bm25_candidates(dataset, top_k) if run is None else read_trec_run(run, dataset, top_k)
+
+    settings = {
+        "split": split, "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k,
+        "max_queries": max_queries, "seed": seed,
+    }  # fmt: skip
+    return settings, searched()
 
 
 def evaluate(
@@ -57,7 +63,6 @@ def evaluate(
     max_queries: int | None = None,
     max_doc_length: int | None = None,
     seed: int = 0,
-    candidates: Sequence[tuple[BeirDataset, Ranking]] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Rerank and score every dataset in every input order.
@@ -74,7 +79,6 @@ def evaluate(
         max_queries: a seeded sample of the judged queries.
         max_doc_length: cap in tokens; the checkpoint's own without one.
         seed: of the sample and the random order.
-        candidates: what `first_stage` gives for these arguments, where it has been asked before.
 
     Returns:
         The report that `results.json` holds: settings, and a row a dataset for the first stage and each order.
@@ -82,25 +86,37 @@ def evaluate(
     Raises:
         ValueError: a dataset, the run file or an argument is bad.
     """
-    if candidates is None:
-        candidates = first_stage(
-            folders, split=split, query_folder=query_folder, run=run, top_k=top_k, max_queries=max_queries, seed=seed
-        )
+    settings, judged = first_stage(
+        folders, split=split, query_folder=query_folder, run=run, top_k=top_k, max_queries=max_queries, seed=seed
+    )
+    return rerank_and_score(
+        model, settings, judged, output, orders=orders, max_doc_length=max_doc_length, progress=progress
+    )
+
+
+def rerank_and_score(
+    model: Reranker | Contender,
+    settings: Mapping[str, Any],
+    judged: Iterable[tuple[BeirDataset, Ranking]],
+    output: str | os.PathLike[str],
+    *,
+    orders: Sequence[str] = ("descending",),
+    max_doc_length: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """What `evaluate` does with what `first_stage` gives."""
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    settings = {
-        **model.identity(), "split": split, "first_stage": "bm25" if run is None else Path(run).name, "top_k": top_k,
-        "max_queries": max_queries, "seed": seed,
-    }  # fmt: skip
+    settings = {**model.identity(), **settings}
     rows: list[dict[str, Any]] = []
     per_query: list[dict[str, Any]] = []
-    for dataset, found in candidates:
+    for dataset, found in judged:
         means, each = evaluate_ranking(dataset, found)
-        base = {"dataset": dataset.name, "split": split, "queries": len(dataset.queries)}
+        base = {"dataset": dataset.name, "split": settings["split"], "queries": len(dataset.queries)}
         rows.append(base | {"ranking": "first stage", **means})
         per_query += [base | {"ranking": "first stage", "query": q, **values} for q, values in each.items()]
         for order in orders:
-            shown = ordered(found, order, seed)
+            shown = ordered(found, order, settings["seed"])
             path = target / f"{dataset.name.replace('>', '-to-')}-{order}.jsonl"
             done = rerank_run(
                 model, dataset, shown, path, settings | {"dataset": dataset.name, "order": order},

@@ -63,6 +63,9 @@ class Operations(Protocol):
     in place and everything is differentiable (reference only).
     """
 
+    # How numbers are rounded, where that is not the same wherever this backend runs in this dtype.
+    rounding: str | None
+
     def refuses(self, config: ModelConfig) -> str | None:
         """Why a model of this shape can't be computed; None if it can."""
 
@@ -245,11 +248,11 @@ def _triton(device: torch.device, dtype: torch.dtype, portable: bool = False) ->
 
 def _triton_portable(device: torch.device, dtype: torch.dtype) -> Operations:
     found = _triton(device, dtype, portable=True)
-    from lastrerank.kernels.attention import OWN, chip
+    from lastrerank.kernels.attention import OWN
 
-    with torch.cuda.device(device):
-        if chip() not in OWN:
-            raise RuntimeError("this GPU has no attention kernel of its own to do without: 'triton' is portable here")
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or f"sm_{major}{minor}" not in OWN:
+        raise RuntimeError("this GPU has no attention kernel of its own to do without: 'triton' is portable here")
     if dtype == torch.float32:
         raise RuntimeError("no GPU has an attention kernel of its own for float32: 'triton' is portable there")
     return found
@@ -286,7 +289,7 @@ CHECKED = ("triton", "triton-portable")
 # By kind of device: what computes faster than all others, and in which dtypes.
 _FASTEST: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "cpu": ("native", (torch.float32, torch.bfloat16)),
-    "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16)),
+    "cuda": ("triton", (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)),
 }
 
 
@@ -318,6 +321,8 @@ def select(
     for candidate in BACKENDS:
         try:
             found = _made(candidate, device, dtype, config)
+            if candidate == "triton-portable" and not isinstance(reasons.get("triton"), _WrongError):
+                raise RuntimeError("nothing wrong is known of 'triton'")
             if candidate in CHECKED:
                 _require_check(candidate, device, dtype, config)
             faster, served = _FASTEST.get(device.type, ("", ()))
@@ -340,6 +345,10 @@ def _made(name: str, device: torch.device, dtype: torch.dtype, config: ModelConf
     return found
 
 
+class _WrongError(RuntimeError):
+    """A check found something that lasts, not a lack of memory or of time."""
+
+
 def _require_check(name: str, device: torch.device, dtype: torch.dtype, config: ModelConfig | None) -> None:
     """Raises: RuntimeError where the backend isn't known to be right here."""
     from lastrerank import selfcheck
@@ -350,7 +359,7 @@ def _require_check(name: str, device: torch.device, dtype: torch.dtype, config: 
         raise RuntimeError(f"its check is switched off ({selfcheck.SWITCH})")
     verdict = selfcheck.verdict(name, config, device, dtype)
     if not verdict.ok:
-        raise RuntimeError(f"it failed its check: {verdict.reason}")
+        raise (_WrongError if verdict.lasting else RuntimeError)(f"it failed its check: {verdict.reason}")
 
 
 @cache

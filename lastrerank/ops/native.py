@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from lastrerank.config import MOST_ROTATED
 from lastrerank.isolation import num_threads
 from lastrerank.ops import Prefixes, Weight
 from lastrerank.ops.reference import ReferenceOperations
@@ -130,8 +131,10 @@ class NativeOperations(ReferenceOperations):
         self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
         self.dtype = dtype
         # Tiles multiply bf16 numbers several times as fast as anything else does integers of 16 bits.
-        in_tiles = dtype == torch.int8 and self.kernels.widened_is_faster
-        self._precision = _PRECISIONS[torch.bfloat16 if in_tiles else dtype]
+        attended = torch.bfloat16 if dtype == torch.int8 and self.kernels.name == b"amx" else dtype
+        self._precision = _PRECISIONS[attended]
+        if dtype == torch.int8:
+            self.rounding = f"rotated by {MOST_ROTATED}, attention {'in 16 bits' if attended == dtype else 'in bf16'}"
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""

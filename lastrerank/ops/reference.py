@@ -21,6 +21,8 @@ _TILE_ELEMENTS = 1 << 22
 class ReferenceOperations:
     """See `lastrerank.ops.Operations`."""
 
+    rounding: str | None = None
+
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         return weight
 
