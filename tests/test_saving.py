@@ -109,7 +109,7 @@ def test_int8_is_refused_by_those_who_would_take_it_for_numbers(small, tmp_path)
     earlier = shutil.copytree(tmp_path / "int8", tmp_path / "earlier")  # a format that had no rotation
     raw = json.loads((earlier / "config.json").read_text())
     (earlier / "config.json").write_text(json.dumps(raw | {"quantization_config": {"format": "lastrerank-int8"}}))
-    with pytest.raises(ValueError, match="'lastrerank-int8'.*this version does not support; load the unquantised"):
+    with pytest.raises(ValueError, match=r"'lastrerank-int8'.*this version does not support; load the unquantised"):
         load(earlier)
     again = load(tmp_path / "int8")  # in float32: the quantised weights
     again.save_pretrained(tmp_path / "plain")
