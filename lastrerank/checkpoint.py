@@ -324,7 +324,7 @@ def _load(
         if part.dtype == torch.int8:
             if int(part.max()) > INT8_MAX or int(part.min()) < -INT8_MAX:
                 raise ValueError(f"{name} has integers beyond {INT8_MAX}")
-            part = rotated(part.float() * tensors.read(stored[f"{name}_scale"])[:, None])
+            part = rotated(part.float()) * tensors.read(stored[f"{name}_scale"])[:, None]
         if part.dtype == torch.float64:
             part = part.float()  # nothing here computes in it
         if adapter is not None:

@@ -8,6 +8,7 @@ kernels rotate activations as they quantise them (`rotate` in csrc/vectors.h).
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
@@ -22,11 +23,16 @@ def block_of(width: int) -> int:
     return math.gcd(width, MOST_ROTATED)
 
 
+@cache
+def _signs(block: int) -> torch.Tensor:
+    """The matrix before it is divided by its size's root: -1 to the number of bits that row and column share."""
+    matrix = torch.ones(1, 1, device="cpu")
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu"), matrix)
+    return matrix
+
+
 def rotated(rows: torch.Tensor) -> torch.Tensor:
-    """Rows `[N, K]`, rotated; its own inverse. In the kernels' order of sums."""
-    width = rows.shape[1]
-    turned, step = rows * block_of(width) ** -0.5, 1
-    while step < block_of(width):
-        a, b = turned.reshape(-1, width // (2 * step), 2, step).unbind(2)
-        turned, step = torch.stack([a + b, a - b], 2).reshape(-1, width), 2 * step
-    return turned
+    """Rows `[N, K]` on the CPU, rotated; its own inverse. Of int8's numbers of steps exact up to the last rounding."""
+    block = block_of(rows.shape[1])
+    return (rows.unflatten(1, (-1, block)) @ _signs(block).to(rows.dtype)).flatten(1) * block**-0.5

@@ -144,7 +144,7 @@ def quantised(
     found = dict(state)
     for name, tensor in state.items():
         if f"{name}_scale" in state:
-            found[name] = (rotated(tensor) / state[f"{name}_scale"][:, None]).round().to(torch.int8)
+            found[name] = (rotated(tensor.double()) / state[f"{name}_scale"][:, None]).round().to(torch.int8)
     return {**raw_config, "quantization_config": QUANTIZATION}, found
 
 
