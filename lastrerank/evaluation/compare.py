@@ -65,15 +65,13 @@ def compare(
         raise ValueError(f"models are {list(contenders)}: expected names that make different folders")
     rows: list[dict[str, Any]] = []
     each: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    settings: dict[str, Any] = {}
     # Once for all models, and before the first is loaded; of the documents those that are candidates.
     ranking = {name: options.pop(name) for name in ("orders", "max_doc_length", "progress") if name in options}
-    asked, searched = first_stage(folders, **options)
+    settings, searched = first_stage(folders, **options)
     judged = [(_of_candidates(dataset, candidates), candidates) for dataset, candidates in searched]
     for number, (name, load) in enumerate(contenders.items()):
         contender = load()
-        report = rerank_and_score(contender, asked, judged, target / slugs[name], **ranking)
-        settings = {k: v for k, v in report["settings"].items() if k not in ("model", "digest", "dtype", "backend")}
+        report = rerank_and_score(contender, settings, judged, target / slugs[name], **ranking)
         for row in report["rows"]:
             if row["ranking"] != "first stage":
                 rows.append(row | {"model": name, "parameters": contender.parameters, **_run_by(report["settings"])})
@@ -104,7 +102,7 @@ def _of_candidates(dataset: BeirDataset, candidates: Ranking) -> BeirDataset:
 
 
 def _run_by(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: settings[name] for name in ("digest", "dtype", "backend")}
+    return {name: settings[name] for name in ("digest", "dtype", "backend", "rounding") if name in settings}
 
 
 def _paired(a: Mapping[str, float], b: Mapping[str, float], test: Callable[..., Any]) -> dict[str, Any]:
