@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise RuntimeError("TRITON_INTERPRET is set: nothing is compiled in the interpreter")
@@ -118,7 +117,7 @@ def launches() -> dict[str, Callable[[], Any]]:
         swiglu.swiglu(torch.zeros(rows, 6144, dtype=bf16))
 
     def attend(
-        dtype: torch.dtype, dim: int, window: int | None, read: bool, continued: bool = False
+        dtype: torch.dtype, dim: int, window: int | None, read: bool, continued: bool = False, portable: bool = False
     ) -> Callable[[], Any]:
         q, k, v = torch.zeros(rows, 32 * dim, dtype=dtype).split([16 * dim, 8 * dim, 8 * dim], 1)
         q, k, v = (x.unflatten(1, (-1, dim)) for x in (q, k, v))
@@ -126,16 +125,9 @@ def launches() -> dict[str, Callable[[], Any]]:
         where = torch.tensor([99, rows - 1]) if read else None
         q = q[where].contiguous() if where is not None else q
         prefixes = torch.tensor([[0, 0], [0, 100]], dtype=torch.int32) if continued else None
-        return lambda: attention.attention(q, k, v, cu, rows - 100, window, dim**-0.5, rows=where, prefixes=prefixes)
-
-    def portable(*arguments: Any) -> Callable[[], Any]:
-        launch = attend(*arguments)
-
-        def call() -> None:
-            with patch.dict(attention.OWN, clear=True):
-                launch()
-
-        return call
+        return lambda: attention.attention(
+            q, k, v, cu, rows - 100, window, dim**-0.5, rows=where, prefixes=prefixes, portable=portable
+        )
 
     def readout() -> None:
         maps = (torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([0, 0]), torch.tensor([0]))
@@ -162,11 +154,11 @@ def launches() -> dict[str, Callable[[], Any]]:
         "attention continued rows window": attend(bf16, 128, 1024, True, True),
         "attention continued d=64": attend(bf16, 64, None, False, True),
         "attention continued float32": attend(torch.float32, 128, None, False, True),
-        "portable attention": portable(bf16, 128, None, False),
-        "portable attention window": portable(bf16, 128, 1024, False),
-        "portable attention window float16": portable(torch.float16, 128, 1024, False),
-        "portable attention d=64": portable(bf16, 64, None, False),
-        "portable attention d=64 window": portable(bf16, 64, 1024, False),
+        "portable attention": attend(bf16, 128, None, False, portable=True),
+        "portable attention window": attend(bf16, 128, 1024, False, portable=True),
+        "portable attention window float16": attend(torch.float16, 128, 1024, False, portable=True),
+        "portable attention d=64": attend(bf16, 64, None, False, portable=True),
+        "portable attention d=64 window": attend(bf16, 64, 1024, False, portable=True),
         "score": readout, "logit": head,
         "quantized rows": quantized(False), "quantized add_rms_norm": quantized(True),
         "quantized swiglu": quantized_gate,

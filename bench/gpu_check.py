@@ -224,8 +224,10 @@ def attention(tiny: bool, device: torch.device) -> Rows:
                 work = kernel.tiles(starts, length, length, q.shape[1] // k.shape[1], q.shape[2], q.dtype)
 
             def call() -> Any:
-                with patch.dict(kernel.OWN, clear=tile is not None), patch.dict(kernel.TILES, tiles):
-                    return kernel.attention(q, k, v, starts, length, window, scale, tiles=work)
+                with patch.dict(kernel.TILES, tiles):
+                    return kernel.attention(
+                        q, k, v, starts, length, window, scale, tiles=work, portable=tile is not None
+                    )
 
             return call
 

@@ -162,7 +162,7 @@ LASTRERANK_INLINE Vec butterfly(Vec v) {
   return v * signs<kStep>(lanes) + partners<kStep>(v, lanes);
 }
 
-// Inputs of a rotated block: the largest power of two that divides n, at most 64.
+// Inputs of a rotated block: the largest power of two that divides n, at most 64 (MOST_ROTATED of lastrerank/config.py).
 inline long rotated_block(long n) { return std::min<long>(64, n & -n); }
 
 // Each block of x times the Walsh-Hadamard matrix of its size, an orthogonal one that is its own inverse: what stands

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 
 from lastrerank import adapters
 from lastrerank.adapters import Adapter
-from lastrerank.config import ModelConfig
+from lastrerank.config import INT8_MAX, ModelConfig
 from lastrerank.families import ALIASES, PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
 from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
 from lastrerank.readouts import Head, Projector, Readout
-from lastrerank.rotation import INT8_MAX, rotated
+from lastrerank.rotation import rotated
 from lastrerank.stored import (
     EMBEDDING,
     IGNORED,

@@ -185,6 +185,8 @@ class ModelConfig:
 
 # Inputs of a weight that are rotated together (`lastrerank.rotation`), at most.
 MOST_ROTATED = 64
+# The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
+INT8_MAX = 64
 
 # As `save_pretrained` marks int8 weights, so that no other program takes them for numbers: Transformers refuses a
 # configuration without `quant_method` (one that it doesn't know it skips, and loads the integers).

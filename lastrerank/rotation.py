@@ -14,9 +14,6 @@ import torch
 
 from lastrerank.config import MOST_ROTATED
 
-# The largest magnitude of a quantised weight: 7 bits, as the native kernels want it (csrc/kernels.cpp).
-INT8_MAX = 64
-
 
 def block_of(width: int) -> int:
     """Numbers that are rotated together, of rows of `width`: the largest power of two that divides it, at most 64."""

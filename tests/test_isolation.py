@@ -267,3 +267,28 @@ def test_a_pickle_of_a_relative_path_is_read_elsewhere(small, tmp_path, monkeypa
     kept = pickle.dumps(Reranker.from_pretrained(small.name))
     monkeypatch.chdir(tmp_path)
     assert pickle.loads(kept).rerank("q", ["a"])
+
+
+FIRST_CALLS = """
+import sys
+import torch
+sizes = {"cos": [], "sin": []}
+for name, found in sizes.items():
+    def wrapped(x, call=getattr(torch, name), found=found):
+        found.append(x.numel())
+        return call(x)
+    setattr(torch, name, wrapped)
+    setattr(torch.Tensor, name, wrapped)
+from lastrerank import Reranker
+Reranker.from_pretrained(sys.argv[1], device="cpu", backend=sys.argv[2]).rerank("query", ["document"] * 50)
+assert all(found[0] == 1 and max(found) > 1 for found in sizes.values()), sizes
+"""
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_first_calls_of_trigonometry_are_of_one_thread(small, backend):
+    """What MKL chooses at a function's first call is not chosen by several threads at once."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALLS, str(small), backend], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr

@@ -379,7 +379,8 @@ def test_the_rotation_is_walsh_and_hadamards(width):
 
 def test_what_stands_out_costs_the_others_little(isa):
     """A channel thirty times the others, of activations or of weights, which the other side has not: most of the error
-    that its grid would bring to all others is gone."""
+    that its grid would bring to all others is gone. (Rotated, its 30 are 30 / 8 in each of 64 numbers, beside which the
+    others reach 3.5: the steps are a quarter as long.)"""
     generator = torch.Generator().manual_seed(1)
 
     def on_a_grid(rows, most):
