@@ -68,7 +68,7 @@ class Model:
         # On the CPU, as Transformers does it: a GPU's power function rounds differently.
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
         self.frequencies = (1.0 / config.rope_theta**exponent).to(weights.norm.device)
-        # MKL chooses a function's kernel at its first call. Where several threads make that, one may get a coarse kernel:
+        # MKL chooses a function's kernel at its first call. Where several threads make it, one may get a coarse kernel:
         # then the angles of a first pass are off by 1e-4 (pytorch/pytorch, issue 188792).
         for function in (torch.cos, torch.sin):
             function(torch.zeros(1, device="cpu"))
