@@ -67,10 +67,10 @@ struct RowStorage {
   }
   char* row(long r) const { return first + r / kTileRows * next + r % kTileRows * kStepBytes; }
   RowView at(long r) const { return {first + r / kTileRows * next, kStepBytes, next, step, kTileBytes}; }
-  // Rows of a block, of which there are `rows` in all: at most three quarters of a megabyte or so, which stay in L2
-  // over the panels that pass by.
+  // Rows of a block, of which there are `rows` in all: at most a megabyte and a quarter or so, which stay in L2 over the
+  // panels that pass by.
   long block_rows(long rows) const {
-    const long most = std::max(1l, (3l << 18) / (2 * next)) * kPairRows, all = std::max(1l, rows);
+    const long most = std::max(1l, (5l << 18) / (2 * next)) * kPairRows, all = std::max(1l, rows);
     return ceil_div(ceil_div(all, ceil_div(all, most)), kPairRows) * kPairRows;
   }
 
@@ -78,6 +78,20 @@ struct RowStorage {
   std::unique_ptr<char[]> storage;
   char* first;
 };
+
+// What a product fetches into L2 meanwhile, that many lines of the cache a step: weights come from memory, too late for a
+// product that waits for them.
+struct Fetch {
+  const char* from;
+  long lines;
+};
+constexpr Fetch kNothing = {nullptr, 0};
+
+// Of `products` that share the fetching of the next panel, of `steps`, what number `index` does.
+inline Fetch share_of(const void* next, long steps, long index, long products) {
+  const long lines = ceil_div(2 * kTileBytes / kStepBytes, products);
+  return {static_cast<const char*>(next) + index * steps * lines * kStepBytes, lines};
+}
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
@@ -101,12 +115,19 @@ struct TileShape {
   ~TileShape() { _tile_release(); }
 };
 
+// Registers have to be literals.
+#define LASTRERANK_MULTIPLY(sums, rows, columns) \
+  if constexpr (kIntegers) { \
+    _tile_dpbusd(sums, rows, columns); \
+  } else { \
+    _tile_dpbf16ps(sums, rows, columns); \
+  }
+
 // c[16 kTiles, kPanel] (+)= a @ panel, in fp32 of bf16 numbers or in integers of 8 bits (a unsigned, the panel signed).
-// Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns. ahead: bytes from this panel to the one that is fetched
-// meanwhile, 0 for none: weights come from memory, too late for a product that waits for them.
+// Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns, each loaded right before it is first multiplied.
 template <bool kIntegers, int kTiles, int kParts>
-LASTRERANK_TILE void multiply_tiles(RowView a, const char* panel, long steps, void* c, long ldc, bool accumulate,
-                                    long ahead) {
+LASTRERANK_TILE void multiply_tiles(const RowView& a, const char* panel, long steps, void* c, long ldc, bool accumulate,
+                                    const Fetch& fetch) {
   char *upper = static_cast<char*>(c), *lower = upper + kTileRows * ldc;
   if (accumulate) {
     _tile_loadd(0, upper, ldc);
@@ -121,29 +142,21 @@ LASTRERANK_TILE void multiply_tiles(RowView a, const char* panel, long steps, vo
     _tile_zero(2);
     _tile_zero(3);
   }
+  const char* ahead = fetch.from;
+  const long lines = fetch.lines;
   for (long s = 0; s < steps; ++s) {
     const char *rows = a.data + s * a.step, *columns = panel + s * 2 * kTileBytes;
-    if (ahead != 0)
-      for (long i = 0; i < 2 * kTileBytes; i += 64) __builtin_prefetch(columns + ahead + i, 0, 2);
-    _tile_loadd(6, columns, 2 * kStepBytes);
-    _tile_loadd(7, columns + kStepBytes, 2 * kStepBytes);
-    for (int i = 0; i < kParts; ++i) {
-      _tile_loadd(4, rows + i * a.part, a.row);
-      if constexpr (kTiles == 2) _tile_loadd(5, rows + i * a.part + a.next, a.row);
-      if constexpr (kIntegers) {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        if constexpr (kTiles == 2) {
-          _tile_dpbusd(2, 5, 6);
-          _tile_dpbusd(3, 5, 7);
-        }
-      } else {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kTiles == 2) {
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+    for (long i = 0; i < lines; ++i, ahead += kStepBytes) __builtin_prefetch(ahead, 0, 2);
+    for (int i = 0; i < kParts; ++i, rows += a.part) {
+      _tile_loadd(4, rows, a.row);
+      if (i == 0) _tile_loadd(6, columns, 2 * kStepBytes);
+      LASTRERANK_MULTIPLY(0, 4, 6)
+      if (i == 0) _tile_loadd(7, columns + kStepBytes, 2 * kStepBytes);
+      LASTRERANK_MULTIPLY(1, 4, 7)
+      if constexpr (kTiles == 2) {
+        _tile_loadd(5, rows + a.next, a.row);
+        LASTRERANK_MULTIPLY(2, 5, 6)
+        LASTRERANK_MULTIPLY(3, 5, 7)
       }
     }
   }
@@ -155,37 +168,39 @@ LASTRERANK_TILE void multiply_tiles(RowView a, const char* panel, long steps, vo
   }
 }
 
+#undef LASTRERANK_MULTIPLY
+
 #else
 
 struct TileShape {};
 
 template <bool, int, int>
-void multiply_tiles(RowView, const char*, long, void*, long, bool, long) {}
+void multiply_tiles(const RowView&, const char*, long, void*, long, bool, const Fetch&) {}
 
 #endif
 
 // c[rows, columns] = a @ panel, for rows up to kPairRows.
 template <int kParts>
-inline void product_bf16(RowView a, long rows, const void* panel, long steps, float* c, long ldc, long columns,
-                         long ahead) {
+inline void product_bf16(const RowView& a, long rows, const void* panel, long steps, float* c, long ldc, long columns,
+                         const Fetch& fetch) {
   const auto product = rows > kTileRows ? multiply_tiles<false, 2, kParts> : multiply_tiles<false, 1, kParts>;
   const char* packed = static_cast<const char*>(panel);
   if (columns == kPanel && rows % kTileRows == 0) {
-    product(a, packed, steps, c, ldc * sizeof(float), false, ahead);
+    product(a, packed, steps, c, ldc * sizeof(float), false, fetch);
     return;
   }
   float whole[kPairRows][kPanel];
-  product(a, packed, steps, whole, sizeof whole[0], false, ahead);
+  product(a, packed, steps, whole, sizeof whole[0], false, fetch);
   for (long r = 0; r < rows; ++r) std::memcpy(c + r * ldc, whole[r], columns * sizeof(float));
 }
 
 // The same of integers around kZero, as `tile_i8`.
-inline void product_i8(RowView a, long rows, const float* row_scales, const void* panel, long steps,
+inline void product_i8(const RowView& a, long rows, const float* row_scales, const void* panel, long steps,
                        const float* scales, const int32_t* sums, const float* bias, float* c, long ldc, long columns,
-                       long ahead) {
+                       const Fetch& fetch) {
   int32_t whole[kPairRows][kPanel];
   const auto product = rows > kTileRows ? multiply_tiles<true, 2, 1> : multiply_tiles<true, 1, 1>;
-  product(a, static_cast<const char*>(panel), steps, whole, sizeof whole[0], false, ahead);
+  product(a, static_cast<const char*>(panel), steps, whole, sizeof whole[0], false, fetch);
   float own_scales[kPanel] = {}, shift[kPanel] = {};
   int32_t zeros[kPanel] = {};
   for (long j = 0; j < columns; ++j) {

@@ -166,12 +166,15 @@ void linear_by_tiles(int threads, const float* x, long ldx, long m, long k, cons
   const long block_rows = tiled.block_rows(m);
   in_blocks(threads, m, to, block_rows, [=](long row, long end, long first, long last, float* c, long ldc) {
     [[maybe_unused]] const TileShape shape;
-    for (long p = first; p < last; ++p)
+    const long products = ceil_div(end - row, kPairRows);
+    for (long p = first; p < last; ++p) {
+      const uint16_t *panel = packed + p * pairs * 2 * kPanel, *next = panel + pairs * 2 * kPanel;
       for (long r = row; r < end; r += kPairRows)
-        product_bf16<kParts>(rows->at(r), std::min(kPairRows, end - r), packed + p * pairs * 2 * kPanel, steps,
+        product_bf16<kParts>(rows->at(r), std::min(kPairRows, end - r), panel, steps,
                              c + (r - row) * ldc + (p - first) * kPanel, ldc,
                              std::min<long>(kPanel, to.n - p * kPanel),
-                             r == row && p + 1 < last ? steps * 2 * kTileBytes : 0);
+                             p + 1 < last ? share_of(next, steps, (r - row) / kPairRows, products) : kNothing);
+    }
   });
 }
 
@@ -293,16 +296,17 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
   const Target to{n, nullptr, gated, out, ldo};  // the bias is added where the sums are scaled
   in_blocks(threads, m, to, block_rows, [=](long row, long end, long first, long last, float* c, long ldc) {
     [[maybe_unused]] const TileShape shape;
+    [[maybe_unused]] const long products = ceil_div(end - row, kPairRows);
     for (long p = first; p < last; ++p) {
       const long column = p * kPanel, columns = std::min<long>(kPanel, n - column);
-      const int8_t* panel = packed + p * groups * kPanel * 4;
+      [[maybe_unused]] const int8_t *panel = packed + p * groups * kPanel * 4, *next = panel + groups * kPanel * 4;
       const float* shift = bias == nullptr ? nullptr : bias + column;
       float* target = c + (p - first) * kPanel;
       if constexpr (kAmx) {
         for (long r = row; r < end; r += kPairRows)
           product_i8(rows->at(r), std::min(kPairRows, end - r), rs + r, panel, steps, scales + column, sums + column,
                      shift, target + (r - row) * ldc, ldc, columns,
-                     r == row && p + 1 < last ? steps * 2 * kTileBytes : 0);
+                     p + 1 < last ? share_of(next, steps, (r - row) / kPairRows, products) : kNothing);
       } else {
         in_tiles<kRowsI8>(row, end, [&](auto some, long r) {
           tile_i8<some.value>(q + r * width, width, rs + r, panel, groups, scales + column, sums + column, shift,
@@ -433,7 +437,7 @@ struct Of {
         const auto product = m - r > kTileRows ? multiply_tiles<false, 2, 1> : multiply_tiles<false, 1, 1>;
         product({reinterpret_cast<const char*>(a + r * lda), row, kTileRows * row, kStepBytes, 0},
                 reinterpret_cast<const char*>(panel), ceil_div(inputs, kStep), c + r * ldc,
-                ldc * static_cast<long>(sizeof(float)), accumulate, 0);
+                ldc * static_cast<long>(sizeof(float)), accumulate, kNothing);
       }
       return;
     }

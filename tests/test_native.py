@@ -660,6 +660,22 @@ print(failed, right)
 """
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_weight_in_large_pages_is_the_same(dtype, monkeypatch):
+    """Pages of 2 MiB are asked for, for weights that fill some, where there are any; PyTorch's own memory elsewhere."""
+    native = pytest.importorskip("lastrerank.ops.native")
+    if not hasattr(native.mmap, "MADV_HUGEPAGE"):
+        pytest.skip("this system knows no pages of 2 MiB")
+    operations, weight, x = native.NativeOperations(dtype), torch.randn(2304, 1024), torch.randn(5, 1024)
+    large, small = operations.prepare(weight), operations.prepare(weight[:32])
+    monkeypatch.delattr(native.mmap, "MADV_HUGEPAGE")
+    own = operations.prepare(weight)
+    from_pytorch = [part._packed.untyped_storage().resizable() for part in (large, small, own)]
+    assert from_pytorch == [False, True, True]
+    assert torch.equal(operations.linear(x, large), operations.linear(x, own))
+    assert torch.equal(large.unpack(), own.unpack())
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits a process's memory as Linux does")
 def test_a_kernel_without_memory_fails_its_pass_alone():
     """std::bad_alloc doesn't cross the C interface, and the kernels go on working afterwards."""

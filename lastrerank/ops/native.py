@@ -20,7 +20,9 @@ amx, on Arm portable, dotprod or armbf16.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -282,7 +284,7 @@ class PackedWeight(NativeWeight):
         suffix = "f32" if self._stored == torch.float32 else "bf16"
         self._linear = kernels.linear_widened if widened else getattr(kernels, f"linear_{suffix}")
         self._unpack = getattr(kernels, f"unpack_{suffix}")
-        self._packed = _empty(getattr(kernels, f"packed_{suffix}_size")(*weight.shape), dtype=self._stored)
+        self._packed = _storage(getattr(kernels, f"packed_{suffix}_size")(*weight.shape), self._stored)
         getattr(kernels, f"pack_{suffix}")(
             _pointer(source, source.dtype), source.dtype == torch.bfloat16, *weight.shape,
             _pointer(self._packed, self._stored),
@@ -309,7 +311,7 @@ class Int8Weight(NativeWeight):
         super().__init__(weight, kernels)
         self._kernels = kernels
         source = weight.contiguous() if weight.dtype == torch.bfloat16 else weight.float().contiguous()
-        self._packed = _empty(kernels.packed_i8_size(*weight.shape), dtype=torch.int8)
+        self._packed = _storage(kernels.packed_i8_size(*weight.shape), torch.int8)
         self._sums = _empty(len(weight), dtype=torch.int32)
         self.scales = _empty(len(weight)) if scales is None else scales.float().contiguous().clone()
         _done(kernels.pack_i8(
@@ -349,6 +351,23 @@ def _done(code: int) -> None:
 def _empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """On the CPU, whatever the process's defaults are."""
     return torch.empty(size, dtype=dtype, device="cpu")
+
+
+_HUGE_PAGE = 2 << 20  # bytes
+
+
+def _storage(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of a packed weight, in pages of 2 MiB where Linux gives them for the asking.
+
+    A pass reads every weight from end to end, and a virtual machine looks every page up in two tables.
+    """
+    size = count * dtype.itemsize
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return _empty(count, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _pointer(x: torch.Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
