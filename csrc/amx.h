@@ -124,7 +124,8 @@ struct TileShape {
   }
 
 // c[16 kTiles, kPanel] (+)= a @ panel, in fp32 of bf16 numbers or in integers of 8 bits (a unsigned, the panel signed).
-// Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns, each loaded right before it is first multiplied.
+// Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns, each loaded right before it is first multiplied. Structures by
+// reference: one by value, read in one piece, would wait until the sums of the product before are in the cache.
 template <bool kIntegers, int kTiles, int kParts>
 LASTRERANK_TILE void multiply_tiles(const RowView& a, const char* panel, long steps, void* c, long ldc, bool accumulate,
                                     const Fetch& fetch) {
