@@ -34,6 +34,11 @@ from bench.measure import write_results
 from lastrerank.speed import interleaved
 
 ROOT = Path(__file__).parent.parent
+# What `auto` starts, with the kernels of a checkout that isn't installed.
+SELF_CHECK = (
+    sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport bench\n"
+    "from lastrerank.selfcheck import main\nmain()",
+)  # fmt: skip
 # Where the parts find the random checkpoints that one of them has written; a part run by itself writes its own.
 CHECKPOINTS = "LASTRERANK_GPU_CHECK_FOLDER"
 Rows = list[dict[str, Any]]
@@ -74,8 +79,9 @@ def correctness(tiny: bool, device: torch.device) -> Rows:
 
 
 def self_check(tiny: bool, device: torch.device) -> Rows:
-    """What `auto` asks of this machine, of the published shapes; on a GPU with repetitions, a graph and the time."""
-    from lastrerank import checks
+    """What `auto` asks of this machine, of the published shapes; on a GPU with repetitions, a graph and the time. First
+    here, so that what fails is seen, then as `auto` does it: by what this machine is, and in a process of its own."""
+    from lastrerank import checks, selfcheck
     from lastrerank.checkpoint import open_checkpoint
     from lastrerank.ops.triton import TritonOperations
 
@@ -92,7 +98,13 @@ def self_check(tiny: bool, device: torch.device) -> Rows:
             found = "right"
         except Exception as error:
             found = f"{type(error).__name__} when {doing[-1]}: {error}"
-        rows.append({"shape": shape, "found": found, "seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        if found == "right":
+            backend = "triton" if device.type == "cuda" else "reference"
+            with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, {"XDG_CACHE_HOME": cache}):
+                verdict = selfcheck.verdict(backend, config, device, dtype, command=SELF_CHECK)
+            found = found if verdict.ok else f"auto would not take it: {verdict.reason}"
+        rows.append({"shape": shape, "found": found, "seconds": seconds})
         log(f"{shape}: {found}")
     if any(row["found"] != "right" for row in rows):
         raise PartFailedError(rows)

@@ -8,6 +8,7 @@ the reference.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -79,8 +80,19 @@ def device_facts(device: torch.device) -> dict[str, Any]:
         return {"name": device.type}
     return {
         "name": torch.cuda.get_device_name(device), "capability": list(torch.cuda.get_device_capability(device)),
-        "runtime": torch.version.cuda or torch.version.hip, "driver": getattr(torch._C, "_cuda_getDriverVersion")(),  # noqa: B009 (no public name)
+        "runtime": torch.version.cuda or torch.version.hip, "driver": driver_version(),
     }  # fmt: skip
+
+
+def driver_version() -> int | None:
+    """Of CUDA, as the driver has it (13000 is 13.0): asked of the driver itself, as PyTorch's own way to ask comes and
+    goes with its versions. None where there is no such driver (AMD's)."""
+    library, found = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1", ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else found.value
 
 
 def _shape(config: ModelConfig) -> dict[str, Any]:

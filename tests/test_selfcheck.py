@@ -187,6 +187,31 @@ def test_what_may_change_a_result_changes_the_key(config, monkeypatch):
     assert key() not in keys
 
 
+def test_facts_of_a_gpu_ask_no_more_than_is_there(config, monkeypatch):
+    """What `auto` reads before anything is computed: the driver's version, or that there is none."""
+
+    class Driver:
+        def __init__(self, name):
+            assert "cuda" in name
+
+        @staticmethod
+        def cuDriverGetVersion(found):
+            found._obj.value = 13000
+            return 0
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    without = selfcheck.facts("reference", config, device, torch.bfloat16)
+    if not torch.cuda.is_available():
+        assert without["device"]["driver"] is None
+    monkeypatch.setattr(selfcheck.ctypes, "CDLL", Driver)
+    found = selfcheck.facts("reference", config, device, torch.bfloat16)
+    assert found["device"]["driver"] == 13000 and found["device"]["capability"] == [9, 0]
+    Driver.cuDriverGetVersion = staticmethod(lambda found: 1)
+    assert selfcheck.driver_version() is None
+
+
 @pytest.mark.parametrize(("code", "message"), [
     ("import os, json; print(json.dumps({'checking': 'attention ran'}), flush=True); os.abort()",
      r"ended with status -6, when attention ran"),

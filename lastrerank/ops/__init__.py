@@ -238,7 +238,7 @@ def _triton(device: torch.device, dtype: torch.dtype, portable: bool = False) ->
         from lastrerank.ops.float8 import Float8Operations
         from lastrerank.ops.triton import TritonOperations
     except ImportError as error:
-        raise RuntimeError(f"Triton is not installed ({error})") from error
+        raise RuntimeError(_not_importable(error)) from error
     if dtype != torch.float8_e4m3fn:
         return TritonOperations(portable)
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
@@ -265,8 +265,14 @@ def _flash_attn(device: torch.device, dtype: torch.dtype) -> Operations:
     try:
         from lastrerank.ops.flash_attn import FlashAttnOperations
     except ImportError as error:
-        raise RuntimeError(f"Triton is not installed ({error})") from error
+        raise RuntimeError(_not_importable(error)) from error
     return FlashAttnOperations()
+
+
+def _not_importable(error: ImportError) -> str:
+    if (error.name or "").startswith("triton"):
+        return f"Triton is not installed ({error})"
+    return f"its kernels are not installed ({error}): in a checkout, pip install --editable ."
 
 
 def _short(dtype: torch.dtype) -> str:
