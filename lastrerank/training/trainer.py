@@ -6,23 +6,19 @@ import hashlib
 import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 
 from lastrerank import saving
 from lastrerank.adapters import write_adapter
 from lastrerank.checkpoint import Checkpoint
-from lastrerank.families.listwise import GGUF_PROMPT
 from lastrerank.kept import digest, partial_name
-from lastrerank.lists import ListEncoder, ListPrompt
+from lastrerank.lists import ListPrompt
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
 from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import pack
@@ -30,6 +26,7 @@ from lastrerank.prompt import EncodedBlock
 from lastrerank.readouts import Projector
 from lastrerank.stored import read_json
 from lastrerank.training.data import TrainingData, TrainingList
+from lastrerank.training.drawing import WORKERS, DrawnList, ListDrawer
 from lastrerank.training.losses import cosine, disperse_loss, distill_loss, rank_loss, similar_loss
 from lastrerank.training.operations import TrainingOperations
 
@@ -40,8 +37,11 @@ class TrainingConfig:
 
     hard and easy: negatives per list, mined and random; with hard_least, the mined ones are as many as is drawn between
     the two. During the first `easy_start` of the steps half of them are random instead. doc_tokens: documents are cut
-    here, or, with doc_tokens_least, those of a list at a number drawn between the two, short ones as often as long ones
-    by factors. dual and similar are applied to a random half and a random eighth of the lists (they change the prompt).
+    here; with doc_tokens_least those of half of the lists at a number drawn between the two, short ones as often as
+    long ones by factors. list_tokens: of documents that have more than this together some negatives are left out. A
+    share `crowded` of the lists has 30 to 100 random documents more, cut at the least, so that lists of as many as
+    people rank are known, too. dual and similar are applied to a random half and a random eighth of the lists (they
+    change the prompt).
     temperature falls linearly from the first to the second.
     average: decay, a step, of a running mean of the weights, which is what checkpoints hold (the paper merges some at
     the end); 0 for the weights themselves. constant: the learning rate stays where it is after the warm-up, for a
@@ -58,6 +58,8 @@ class TrainingConfig:
     easy_start: float = 0.15
     doc_tokens: int = 96
     doc_tokens_least: int = 0
+    list_tokens: int = 0
+    crowded: float = 0.0
     query_tokens: int = 48
     learning_rate: float = 1e-3
     embedding_rate: float = 0.5
@@ -114,6 +116,8 @@ class Trainer:
         config: the recipe.
         device: torch device; a GPU trains under bf16 autocast of the linears.
         identity: of what a training depends on beside the recipe, by digest; a state is of one identity.
+        workers: processes that draw lists ahead of the steps, which changes nothing but the time; None for some on a
+            GPU, none on a CPU.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Trainer:
         config: TrainingConfig,
         device: str = "cpu",
         identity: Mapping[str, Any] | None = None,
+        workers: int | None = None,
     ) -> None:
         prompt = checkpoint.family.prompt
         if not isinstance(prompt, ListPrompt):
@@ -146,8 +151,10 @@ class Trainer:
         trained |= self.low_rank
         for parameter in trained.values():
             parameter.requires_grad_()
-        self.encoder = ListEncoder(checkpoint.tokenizer, prompt)
-        self.dual_encoder = ListEncoder(checkpoint.tokenizer, GGUF_PROMPT)
+        self.drawer = ListDrawer(data, config, checkpoint.tokenizer, prompt)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ahead = min(WORKERS, cores - 1) if self.device.type == "cuda" else 0
+        self.workers = ahead if workers is None else workers
         serve = TrainingOperations.serve(self.device, checkpoint.config.head_dim)
         self.operations = TrainingOperations() if serve else ReferenceOperations()
         self._trained = list(trained.values())
@@ -172,28 +179,22 @@ class Trainer:
     ) -> None:
         """Train to the end of the recipe, or to step `until`. Writes a JSON line a step, then calls on_step."""
         last = self.config.steps if until is None else min(until, self.config.steps)
-        with ThreadPoolExecutor(1, thread_name_prefix="lastrerank-lists") as ahead:
-            following = ahead.submit(self._draw, self.step)
-            while self.step < last:
-                started = time.perf_counter()
-                drawn = following.result()
-                if self.step + 1 < last:
-                    following = ahead.submit(self._draw, self.step + 1)  # while this step is computed
-                record = self._train_step(*drawn)
-                record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - started)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                if on_step is not None:
-                    on_step()
+        started = time.perf_counter()
+        for lists in self.drawer.ahead(self.step, last, self.workers):
+            record = self._train_step(lists)
+            record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - started)
+            started = time.perf_counter()
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if on_step is not None:
+                on_step()
 
-    def _train_step(
-        self, examples: Sequence[TrainingList], duals: Sequence[bool], blocks: Sequence[EncodedBlock]
-    ) -> dict[str, Any]:
+    def _train_step(self, lists: Sequence[DrawnList]) -> dict[str, Any]:
         """One step of the optimiser; what the log says of it."""
         rate = _schedule(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        losses = self._accumulate(examples, duals, blocks)
+        losses = self._accumulate(lists)
         norm = float(torch.nn.utils.clip_grad_norm_(self._trained, 1.0))
         if not math.isfinite(norm):
             raise RuntimeError(f"step {self.step}: the gradient is not finite ({losses})")
@@ -201,44 +202,24 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._average()
-        tokens = sum(map(len, blocks))
+        tokens = sum(len(drawn.block) for drawn in lists)
         return {"step": self.step, **losses, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
 
-    def _draw(self, step: int) -> tuple[list[TrainingList], list[bool], list[EncodedBlock]]:
-        """The lists of a step, which of them have the query early, too, and their prompts."""
-        config = self.config
-        early = step < config.easy_start * config.steps
-        examples, duals = [], []
-        for number in range(step * config.lists_per_step, (step + 1) * config.lists_per_step):
-            similar = config.similar > 0 and number % 8 == 7
-            duals.append(config.dual > 0 and number % 2 == 0)
-            hard, easy = config.hard, config.easy
-            if config.hard_least:
-                hard = random.Random(f"{config.seed}/{number}/hard").randint(config.hard_least, hard)
-            if early:
-                hard, easy = hard // 2, easy + hard - hard // 2
-            if similar:  # a list of twice the documents
-                hard, easy = hard // 2, easy // 2
-            examples.append(self.data.draw(config.seed, number, hard, easy, augment=similar))
-        return examples, duals, self._blocks(examples, duals)
-
-    def _accumulate(
-        self, examples: Sequence[TrainingList], duals: Sequence[bool], blocks: Sequence[EncodedBlock]
-    ) -> dict[str, float]:
+    def _accumulate(self, lists: Sequence[DrawnList]) -> dict[str, float]:
         """Gradients of one step, summed over its lists; mean losses."""
         config = self.config
         t0, t1 = config.temperature
         t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
-        readouts, projector = self._read(blocks)
+        readouts, projector = self._read([drawn.block for drawn in lists])
         vectors = torch.relu(readouts @ projector.w1.t()) @ projector.w2.t()
 
         weights = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
                    "distill": config.distill}
         total = torch.zeros((), device=self.device)
         found: dict[str, list[torch.Tensor]] = {}
-        counts = [len(block.doc_rows) + 1 for block in blocks]
-        for example, dual, own in zip(examples, duals, vectors.split(counts), strict=True):
-            for name, loss in self._losses(example, own, dual, t).items():
+        counts = [len(drawn.block.doc_rows) + 1 for drawn in lists]
+        for drawn, own in zip(lists, vectors.split(counts), strict=True):
+            for name, loss in self._losses(drawn, own, t).items():
                 total = total + weights[name] * loss
                 found.setdefault(name, []).append(loss.detach())
         (total / config.lists_per_step).backward()
@@ -247,19 +228,7 @@ class Trainer:
     def readouts(self, examples: Sequence[TrainingList]) -> tuple[torch.Tensor, Projector]:
         """Normed states `[R, D]` at what is read of packed lists, list by list: the documents, the query; the
         projector."""
-        return self._read(self._blocks(examples, [False] * len(examples)))
-
-    def _blocks(self, examples: Sequence[TrainingList], duals: Sequence[bool]) -> list[EncodedBlock]:
-        """A prompt a list. One with the query early, too, reads that one as if it were the first document."""
-        blocks = []
-        for example, dual in zip(examples, duals, strict=True):
-            encoder = self.dual_encoder if dual else self.encoder
-            query = encoder.cut([example.query], self.config.query_tokens)[0]
-            block = encoder.encode_block(query, encoder.cut(example.documents, self._doc_cap(example)))
-            if dual and block.early_query_row is not None:
-                block = replace(block, doc_rows=np.append(block.early_query_row, block.doc_rows))
-            blocks.append(block)
-        return blocks
+        return self._read(self.drawer.prompts(examples))
 
     def _read(self, blocks: Sequence[EncodedBlock]) -> tuple[torch.Tensor, Projector]:
         weights = self.weights()
@@ -270,16 +239,9 @@ class Trainer:
         assert isinstance(weights.readout, Projector)
         return normed, weights.readout
 
-    def _doc_cap(self, example: TrainingList) -> int:
-        most, least = self.config.doc_tokens, self.config.doc_tokens_least
-        if not least:
-            return most
-        drawn = random.Random(f"{self.config.seed}/{digest(example.query, example.documents)}").random()
-        return round(least * (most / least) ** drawn)
-
-    def _losses(self, example: TrainingList, vectors: torch.Tensor, dual: bool, t: float) -> dict[str, torch.Tensor]:
+    def _losses(self, example: DrawnList, vectors: torch.Tensor, t: float) -> dict[str, torch.Tensor]:
         """Of one list, `vectors` as `readouts` orders them."""
-        config = self.config
+        config, dual = self.config, example.dual
         early, docs, query_vector = vectors[: int(dual)], vectors[int(dual) : -1], vectors[-1:]
 
         originals, positive = docs, example.positive
