@@ -8,6 +8,7 @@ string, markers are searched in the ids, the decoder keeps all hidden states, on
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,11 @@ class PlainReranker:
 
     Args:
         folder: single-file safetensors checkpoint in the published format.
+        hidden: the decoder: hidden states `[T, C]` after the last norm, of ids `[T]` on the CPU.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+    def __init__(self, folder: str | Path, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        folder, self.hidden = Path(folder), hidden
         limits = json.loads((folder / "tokenizer_config.json").read_text())
         self.context = limits["model_max_length"]
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -57,10 +59,6 @@ class PlainReranker:
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
             self.w1 = file.get_tensor("projector.0.weight").float()
             self.w2 = file.get_tensor("projector.2.weight").float()
-
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[T, C]` after the last norm, of ids `[T]` on the CPU."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def block(
@@ -132,7 +130,7 @@ class TransformersReranker(PlainReranker):
     def __init__(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa", device: str = "cpu"
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, self._all_layers)
         raw = json.loads((Path(folder) / "config.json").read_text())
         raw = {key: value for key, value in raw.items() if key not in ("lastrerank", "architectures")}
         config = Qwen3Config(**raw)
@@ -148,7 +146,7 @@ class TransformersReranker(PlainReranker):
         self.w1, self.w2 = self.w1.to(device, dtype), self.w2.to(device, dtype)
         self.device = device
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def _all_layers(self, ids: torch.Tensor) -> torch.Tensor:
         """As the remote code: every layer's hidden states are kept, the last one is used."""
         output = self.model(input_ids=ids[None].to(self.device), output_hidden_states=True, use_cache=False)
         return output.hidden_states[-1][0]

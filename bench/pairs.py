@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 
 QWEN3_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -79,6 +80,33 @@ FAMILIES: dict[str, tuple[Callable[..., list[int]], tuple[str, str | None], Call
     "zerank": (zerank, ("Yes", None), lambda x: 1 / (1 + np.exp(-x / 5))),
     "ctxl-rerank-v2": (ctxl, ("!", None), lambda x: x),
 }
+
+
+class PlainPairs:
+    """All of it but the decoder: a prompt a document, each by itself, and the words' logits at its last token.
+
+    Args:
+        folder: single-file safetensors checkpoint whose output head is its embedding.
+        family: a name in `FAMILIES`.
+        hidden: the decoder: hidden states `[T, C]` after the last norm, of ids `[T]`.
+    """
+
+    def __init__(self, folder: Path, family: str, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.prompt, words, _ = FAMILIES[family]
+        self.tokenizer, self.hidden = Tokenizer.from_file(str(folder / "tokenizer.json")), hidden
+        with safe_open(str(folder / "model.safetensors"), "pt") as file:
+            if "lm_head.weight" in file.keys():  # noqa: SIM118 (no mapping)
+                raise ValueError("the output head is not the embedding")
+            table = file.get_slice("model.embed_tokens.weight")
+            rows = [_ids(self.tokenizer, word)[0] if word is not None else None for word in words]
+            true, false = (None if row is None else table[row : row + 1][0].float() for row in rows)
+        assert true is not None
+        self.weight = true if false is None else true - false
+
+    def scores(self, query: str, documents: list[str], instruction: str | None = None) -> np.ndarray:
+        """Raw scores fp32 `[N]`."""
+        prompts = [self.prompt(self.tokenizer, query, document, instruction) for document in documents]
+        return np.array([float(self.hidden(torch.tensor(ids))[-1] @ self.weight) for ids in prompts], np.float32)
 
 
 class TransformersPairs:

@@ -1,9 +1,9 @@
 """What else runs a Qwen3 decoder on a CPU: llama.cpp, OpenVINO and ONNX Runtime, each from the same checkpoint.
 
 Each gets its best start. The embedding table stays outside, so that none computes an output head over the vocabulary
-or converts one; the projector and the scores are the baseline's. OpenVINO and ONNX Runtime convert a plain decoder of
-ours, since an exported Transformers model carries more operations. What is converted is written beside the checkpoint
-and taken from there the next time.
+or converts one; prompts, what is read and the scores are the baselines' (`bench.baseline`, `bench.pairs`). OpenVINO and
+ONNX Runtime convert a plain decoder of ours, since an exported Transformers model carries more operations. What is
+converted is written beside the checkpoint and taken from there the next time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from bench.baseline import PlainReranker
+from bench.measure import machine
 
 
 class PlainDecoder(torch.nn.Module):
@@ -71,18 +71,22 @@ class PlainDecoder(torch.nn.Module):
         return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-class Peer(PlainReranker):
+class Peer:
     """A decoder run by another library on embeddings that are looked up here.
 
     Args:
         folder: checkpoint of Qwen3 architecture without windows, in the published format.
+
+    Raises:
+        ValueError: it is of another architecture.
     """
 
     file: str
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
         self.config = json.loads((folder / "config.json").read_text())
+        if self.config["model_type"] != "qwen3":
+            raise ValueError(f"the decoder is {self.config['model_type']}, not qwen3")
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
             self.table = file.get_tensor("model.embed_tokens.weight")
         self.convert(folder)
@@ -100,6 +104,7 @@ class Peer(PlainReranker):
         raise NotImplementedError
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[T, C]` after the last norm, of ids `[T]`."""
         return torch.from_numpy(self.run(self.table[ids].float().numpy()))
 
     def state(self, folder: Path) -> dict[str, torch.Tensor]:
@@ -267,7 +272,10 @@ class LlamaCpp(Peer):
         self.library = llama_cpp
         self.silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.silence, ctypes.c_void_p(0))
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        settings = llama_cpp.llama_model_default_params()
+        # With its own layouts for AMX its products fault there (0.3.36: ldtilecfg in ggml_backend_amx_mul_mat).
+        settings.use_extra_bufts = "amx_int8" not in machine()["flags"]
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         self.make_context(1024)
 
     def make_context(self, length: int) -> None:

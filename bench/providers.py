@@ -51,7 +51,7 @@ def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]
         from bench.pairs import FAMILIES, TransformersPairs
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        family = (json.loads((folder / "config.json").read_text()).get("lastrerank") or {}).get("family")
+        family = declared_family(folder)
         if family in FAMILIES:
             pairs = TransformersPairs(folder, family, dtype, device)
             return lambda requests: [pairs.scores(query, documents) for query, documents in requests]
@@ -103,11 +103,18 @@ def peer(name: str) -> Callable[[Path], Scorer]:
 
     def make(folder: Path) -> Scorer:
         from bench import peers
+        from bench.baseline import PlainReranker
+        from bench.pairs import FAMILIES, PlainPairs
 
+        family = declared_family(folder)
         try:
-            reranker = getattr(peers, name)(folder)
-        except ImportError as error:
+            decoder = getattr(peers, name)(folder)
+            if family in FAMILIES:
+                pairs = PlainPairs(folder, family, decoder.hidden)
+                return lambda requests: [pairs.scores(query, documents) for query, documents in requests]
+        except (ImportError, ValueError) as error:
             raise UnavailableError(str(error)) from error
+        reranker = PlainReranker(folder, decoder.hidden)
 
         def score(requests: list[Request]) -> list[np.ndarray]:
             return [reranker.block(query, documents)[2] for query, documents in requests]
@@ -115,6 +122,12 @@ def peer(name: str) -> Callable[[Path], Scorer]:
         return score
 
     return make
+
+
+def declared_family(folder: Path) -> str | None:
+    """What the configuration of a checkpoint written here says that it is."""
+    declared = json.loads((folder / "config.json").read_text()).get("lastrerank") or {}
+    return declared.get("family")
 
 
 PROVIDERS: dict[str, Callable[[Path], Scorer]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -19,7 +18,7 @@ import bench.measure
 import bench.profile_cpu
 from bench.plots import plot_roofline
 from bench.providers import PROVIDERS
-from lastrerank.random_checkpoint import SHAPES
+from lastrerank.random_checkpoint import SHAPES, write_random_checkpoint
 
 
 @pytest.fixture
@@ -57,9 +56,11 @@ def test_end_to_end_of_pairs(results):
      ("onnxruntime-float32", "onnxruntime", 5e-6), ("onnxruntime-int8", "onnxruntime", 0.1),
      ("llama.cpp-f16", "llama_cpp", 2e-3), ("llama.cpp-q8_0", "llama_cpp", 0.1)],
 )  # fmt: skip
-def test_a_peer_gives_the_baselines_scores(tiny, tmp_path, documents, provider, module, bound):
+@pytest.mark.parametrize("shape", ["tiny", "tiny-qwen3"])
+def test_a_peer_gives_the_baselines_scores(tmp_path, documents, provider, module, bound, shape):
     pytest.importorskip(module, reason=f"{module} is not installed; make bench-cpu has it")
-    folder = shutil.copytree(tiny, tmp_path / "checkpoint")  # converted checkpoints are written beside it
+    folder = write_random_checkpoint(tmp_path / "checkpoint", shape)  # converted checkpoints are written beside it
+    bound *= 1 if shape == "tiny" else bench.end_to_end.LOGITS
     requests = [("Tabelle", documents[:5]), ("sea", documents[5:7])]
     expected, found = (
         np.concatenate(PROVIDERS[name](folder)(requests)) for name in ("transformers-sdpa-float32", provider)
