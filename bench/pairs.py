@@ -89,6 +89,9 @@ class PlainPairs:
         folder: single-file safetensors checkpoint whose output head is its embedding.
         family: a name in `FAMILIES`.
         hidden: the decoder: hidden states `[T, C]` after the last norm, of ids `[T]`.
+
+    Raises:
+        NotImplementedError: the output head is another.
     """
 
     def __init__(self, folder: Path, family: str, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -96,7 +99,7 @@ class PlainPairs:
         self.tokenizer, self.hidden = Tokenizer.from_file(str(folder / "tokenizer.json")), hidden
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
             if "lm_head.weight" in file.keys():  # noqa: SIM118 (no mapping)
-                raise ValueError("the output head is not the embedding")
+                raise NotImplementedError("the output head is not the embedding")
             table = file.get_slice("model.embed_tokens.weight")
             rows = [_ids(self.tokenizer, word)[0] if word is not None else None for word in words]
             true, false = (None if row is None else table[row : row + 1][0].float() for row in rows)

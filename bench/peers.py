@@ -78,7 +78,7 @@ class Peer:
         folder: checkpoint of Qwen3 architecture without windows, in the published format.
 
     Raises:
-        ValueError: it is of another architecture.
+        NotImplementedError: it is of another architecture.
     """
 
     file: str
@@ -86,7 +86,7 @@ class Peer:
     def __init__(self, folder: Path) -> None:
         self.config = json.loads((folder / "config.json").read_text())
         if self.config["model_type"] != "qwen3":
-            raise ValueError(f"the decoder is {self.config['model_type']}, not qwen3")
+            raise NotImplementedError(f"the decoder is {self.config['model_type']}, not qwen3")
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
             self.table = file.get_tensor("model.embed_tokens.weight")
         self.convert(folder)

@@ -112,7 +112,7 @@ def peer(name: str) -> Callable[[Path], Scorer]:
             if family in FAMILIES:
                 pairs = PlainPairs(folder, family, decoder.hidden)
                 return lambda requests: [pairs.scores(query, documents) for query, documents in requests]
-        except (ImportError, ValueError) as error:
+        except (ImportError, NotImplementedError) as error:
             raise UnavailableError(str(error)) from error
         reranker = PlainReranker(folder, decoder.hidden)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHUNK = 1 << 20
 
@@ -99,7 +99,25 @@ def locked(path: str | os.PathLike[str], what: str) -> Iterator[None]:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise ValueError(f"{what} is in use by another process: {target}") from error
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
+
+
+# Files whose locks this process holds.
+_locks: set[IO[str]] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: a lock is held until nobody has its file open, and a child may live longer."""
+    for file in _locks:
+        file.close()
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.packing import pack
 from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 from lastrerank.training import operations, run
-from lastrerank.training.data import ListRow, TrainingData, augmented, read_training_data
+from lastrerank.training import trainer as trainer_module
+from lastrerank.training.data import ListRow, TrainingData, augmented, labelled, read_training_data
 from lastrerank.training.losses import disperse_loss, distill_loss, rank_loss, similar_loss
 from lastrerank.training.mining import Pair, mine_lists
 from lastrerank.training.queries import QueryMaker
@@ -126,7 +127,7 @@ def test_all_losses_train_together(toy):
 
 
 @pytest.mark.parametrize("more", [{}, {"average": 0.9, "doc_tokens": 24, "doc_tokens_least": 2, "hard_least": 1,
-                                        "constant": True}])  # fmt: skip
+                                        "constant": True, "crowded": 0.3, "list_tokens": 9}])  # fmt: skip
 def test_resume_is_exact(toy, tmp_path, more):
     whole, first, second = (trainer(toy, steps=6, **more) for _ in range(3))
     whole.train(io.StringIO())
@@ -142,7 +143,13 @@ def test_resume_is_exact(toy, tmp_path, more):
             assert not torch.equal(own["model.norm.weight"], whole.parameters["model.norm.weight"])
     with pytest.raises(ValueError, match="was trained with steps = 6"):
         trainer(toy, steps=7, **more).load_state(tmp_path / "state.pt")
-    for bad in ({"average": 1.0}, {"doc_tokens_least": 25, "doc_tokens": 24}, {"hard_least": 5, "hard": 4}):
+    old = torch.load(tmp_path / "state.pt", weights_only=True)
+    del old["identity"]["drawing"], old["checksum"]
+    torch.save(old | {"checksum": trainer_module._checksum(old)}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="of a training with another drawing"):
+        trainer(toy, steps=6, **more).load_state(tmp_path / "old.pt")
+    for bad in ({"average": 1.0}, {"doc_tokens_least": 25, "doc_tokens": 24}, {"hard_least": 5, "hard": 4},
+                {"crowded": 0.1}, {"rank": 0.0, "distill": 1.0}):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
             trainer(toy, **bad)
 
@@ -152,6 +159,35 @@ def test_lists_are_as_long_as_drawn(toy):
     sizes = {len(drawn.block.doc_rows) - drawn.dual for step in range(8) for drawn in training.drawer[step]}
     assert sizes == {2, 3, 4, 5}
     assert repr(training.drawer[3]) == repr(training.drawer[3])
+
+
+def test_documents_are_cut_at_a_drawn_number_in_half_of_the_lists(toy):
+    folder, _, _ = toy
+    documents = ["expert " * 60 for _ in range(2)]
+    rows = [ListRow("expert", 0, (1,), None, "all")]
+    drawer = trainer((folder, documents, rows), doc_tokens=50, doc_tokens_least=5, lists_per_step=200).drawer
+    lengths = Counter(len(drawn.block) for drawn in drawer[0])
+    [(longest, whole)] = lengths.most_common(1)
+    assert longest == max(lengths) and 70 < whole < 130
+    assert len(lengths) > 20 and longest - min(lengths) > 80  # two documents, 5 to 50 tokens
+    assert sum(count for length, count in lengths.items() if longest - length > 60) > 30  # short ones as often
+
+
+def test_a_label_has_its_share_whatever_the_list():
+    logits = [1.0, 3.0, 2.0, -1.0]
+    shares = np.exp(labelled(logits, 0.65))
+    plain = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(shares, 0.35 * plain + [0.65, 0, 0, 0], rtol=1e-12)
+    assert labelled(logits, 0.0) == logits
+    documents = [f"text {i}" for i in range(40)]
+    rows = [ListRow("q", i, tuple(j for j in range(20) if j != i), (0.0,) * 20, "all", label=0.4) for i in range(20)]
+    data = TrainingData(documents, rows)
+    for hard in (1, 5, 19):
+        example = data.draw(0, 3, hard, 0)
+        shares = np.exp(example.teacher)
+        count = len(example.documents)
+        assert count == hard + 1 and shares[example.positive] == pytest.approx(0.4 + 0.6 / count)
+        assert shares.sum() == pytest.approx(1)
 
 
 def test_lists_are_as_short_as_asked_for(toy):
@@ -218,7 +254,11 @@ def test_renamed_lists_keep_the_template_and_what_matches(toy):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes can't be forked here")
 def test_processes_that_draw_ahead_change_nothing(toy):
     def trained(workers: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        training, log = trainer(toy, steps=5, dual=0.5, similar=0.5, lists_per_step=8), io.StringIO()
+        folder, documents, rows = toy
+        lists = folder, documents, [replace(row, renamed=bool(i % 2)) for i, row in enumerate(rows)]
+        training, log = trainer(
+            lists, steps=5, dual=0.5, similar=0.5, lists_per_step=8, crowded=0.2, doc_tokens_least=2, list_tokens=9,
+        ), io.StringIO()  # fmt: skip
         training.workers = workers
         state = torch.random.get_rng_state()
         training.train(log, until=3)
@@ -493,6 +533,23 @@ def test_a_resumed_training_says_so(toy, pairs, tmp_path, caplog):
     for _ in range(2):
         run_training(toy[0] / "start", pairs[0], tmp_path / "out", config, every=1, progress=False)
     assert "going on from step 2 of 2" in caplog.text
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes can't be forked here")
+def test_a_lock_is_not_a_childs(tmp_path):
+    """A process that draws lists may live a little longer than the training that was killed."""
+    forking = multiprocessing.get_context("fork")
+    begun, end = forking.Event(), forking.Event()
+    child = forking.Process(target=lambda: (begun.set(), end.wait()))
+    with locked(tmp_path / "x", "this"):
+        child.start()
+    try:
+        assert begun.wait(60)
+        with locked(tmp_path / "x", "this"):
+            assert child.is_alive()
+    finally:
+        end.set()
+        child.join()
 
 
 def test_two_trainings_do_not_share_a_folder(toy, pairs, tmp_path):

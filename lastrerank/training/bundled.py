@@ -133,28 +133,17 @@ def sampled_lists(data: Path, output: Path, seed: int = 0) -> Path:
             if len(query) > 2:
                 made.append(Pair(query, positive, pool))
     human = {(pair.query, pair.positive, pair.pool) for pair in pairs}
-    renamed: set[tuple[str, int, str]] = set()
 
-    def teacher(pair: Pair, _: Sequence[int], shares: Sequence[float]) -> list[float]:
-        key = pair.query, pair.positive, pair.pool
-        by_bm25 = [SHARPNESS * share for share in shares]
-        if rng.random() < (RENAMED if key in human else RENAMED_MADE):
-            renamed.add(key)
-            return labelled(by_bm25, LABEL_RENAMED)
-        return labelled(by_bm25, LABEL if key in human else LABEL_MADE)
+    def by_bm25(pair: Pair, listed: Sequence[int], shares: Sequence[float]) -> list[float]:
+        return [SHARPNESS * share for share in shares]
 
-    lists = mine_lists(documents, pairs + made, teacher=teacher)
+    lists = mine_lists(documents, pairs + made, teacher=by_bm25)
     for row in lists:
-        if (row["query"], row["positive"], row["pool"]) in renamed:
-            row["renamed"] = True
+        by_person = (row["query"], row["positive"], row["pool"]) in human
+        row["label"] = LABEL if by_person else LABEL_MADE
+        if rng.random() < (RENAMED if by_person else RENAMED_MADE):
+            row |= {"label": LABEL_RENAMED, "renamed": True}
     return write_lists(output, documents, lists + across(rows, lists, rng))
-
-
-def labelled(logits: Sequence[float], label: float) -> list[float]:
-    """Logits of a distribution: `label` for the first document, the rest as the softmax of `logits` has it."""
-    target = (1 - label) * torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
-    target[0] += label
-    return [round(logit, 3) for logit in target.log().tolist()]
 
 
 def across(
@@ -165,26 +154,27 @@ def across(
     for listed in lists:
         if len(listed["negatives"]) > 3 and not listed.get("renamed"):
             known[listed["positive"]].append(listed)
-    pages: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    entries: dict[str, set[tuple[str, str]]] = defaultdict(set)  # of a page: query, language
+    pages: dict[str, set[tuple[int, str]]] = defaultdict(set)  # document, language
     sources: dict[str, list[tuple[str, int, str]]] = defaultdict(list)  # query, document, pool
     for row in rows:
-        source, languages = row["source"], row["lang"]
+        source, language = row["source"], row["lang"]
         if source.endswith("-x"):
-            sources[f"{source}/{languages}"].append((row["query"], row["positive"], f"{source}/{languages}"))
+            sources[f"{source}/{language}"].append((row["query"], row["positive"], f"{source}/{language}"))
         elif source == "lo-index" and "group" in row:
-            pages[row["group"]].append(row)
-    pairs = [
-        (ours["query"], theirs["positive"], f"lo-index-x/{theirs['lang']}")
-        for entries in pages.values() for ours in entries for theirs in entries if ours["lang"] != theirs["lang"]
+            entries[row["group"]].add((row["query"], language))
+            pages[row["group"]].add((row["positive"], language))
+    sources["lo-index-x"] = [
+        (query, positive, f"lo-index-x/{theirs}") for page in pages for query, ours in sorted(entries[page])
+        for positive, theirs in sorted(pages[page]) if ours != theirs
     ]  # fmt: skip
-    sources["lo-index-x"] = rng.sample(pairs, min(len(pairs), ACROSS["lo-index-x"]))
     found = []
     for name, members in sources.items():
         members = [member for member in members if member[1] in known]
         for query, positive, pool in rng.sample(members, min(len(members), ACROSS[name.split("/")[0]])):
             own = rng.choice(known[positive])
             found.append({"query": query, "positive": positive, "negatives": own["negatives"], "pool": pool,
-                          "teacher": labelled(own["teacher"], LABEL_ACROSS)})  # fmt: skip
+                          "teacher": own["teacher"], "label": LABEL_ACROSS})  # fmt: skip
     return found
 
 

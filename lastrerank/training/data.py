@@ -1,12 +1,14 @@
 """Training lists: a query, its positive, mined hard negatives, and random negatives drawn anew every time.
 
 On disk: `documents.jsonl` (`id`, `text`) and `lists.jsonl` (`query`, `positive` = a document's id, `negatives` = ids of
-hard ones, optionally `teacher` = one logit for the positive and each negative, `pool` = name of the group of
-documents that random negatives come from, `renamed` = whether its words give way to others), plain or gzip.
+hard ones, optionally `teacher` = one logit for the positive and each negative, `label` = what the positive has of the
+teacher's distribution by itself, whatever the logits, `pool` = name of the group of documents that random negatives
+come from, `renamed` = whether its tokens give way to others), plain or gzip.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -47,6 +49,7 @@ class ListRow:
     teacher: tuple[float, ...] | None
     pool: str
     renamed: bool = False
+    label: float = 0.0
 
 
 class TrainingData:
@@ -105,7 +108,8 @@ class TrainingData:
         if row.teacher is not None:
             # A random document is at best as good as the worst of the mined ones, in the teacher's eyes.
             floor = min(row.teacher)
-            teacher = [row.teacher[0], *(row.teacher[i + 1] for i in chosen), *([floor] * len(randoms))]
+            logits = [row.teacher[0], *(row.teacher[i + 1] for i in chosen), *([floor] * len(randoms))]
+            teacher = labelled(logits, row.label)
         texts = [self.documents[i] for i in ids]
         if augment:
             texts += [augmented(text, rng) for text in texts]
@@ -123,6 +127,19 @@ class TrainingData:
             None if teacher is None else tuple(teacher[k] for k in order),
             renamed=row.renamed,
         )
+
+
+def labelled(logits: Sequence[float], label: float) -> list[float]:
+    """Logits of a distribution in which the first document has `label` by itself and the rest is the softmax of
+    `logits`."""
+    if not label:
+        return list(logits)
+    highest = max(logits)
+    shares = [math.exp(logit - highest) for logit in logits]
+    total = sum(shares)
+    target = [(1 - label) * share / total for share in shares]
+    target[0] += label
+    return [math.log(max(share, 1e-30)) for share in target]
 
 
 def augmented(text: str, rng: random.Random) -> str:
@@ -155,10 +172,12 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
         try:
             negatives = tuple(number[i] for i in row["negatives"])
             teacher = tuple(map(float, row["teacher"])) if row.get("teacher") is not None else None
-            pool, renamed = row.get("pool", "all"), bool(row.get("renamed", False))
-            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, pool, renamed))
+            pool, renamed, label = row.get("pool", "all"), bool(row.get("renamed", False)), float(row.get("label", 0.0))
+            rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, pool, renamed, label))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected query, positive, negatives over known documents: {error}") from error
+        if not 0 <= label < 1 or (label and teacher is None):
+            raise ValueError(f"{where}: label is {label}, expected at least 0, less than 1, and a teacher beside it")
         if teacher is not None and len(teacher) != len(negatives) + 1:
             raise ValueError(f"{where}: teacher has {len(teacher)} logits for {len(negatives) + 1} documents")
     return TrainingData(documents, rows, weights)

@@ -161,10 +161,10 @@ def whitening(documents: torch.Tensor, queries: torch.Tensor, width: int) -> tor
 @torch.no_grad()
 def _readouts(trainer: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
     """Normed states at the markers of documents and of queries."""
-    config, documents, queries = trainer.config, [], []
-    for number in range(LISTS):
-        example = trainer.data.draw(config.seed, number, config.hard, config.easy)
-        normed, _ = trainer.readouts([example])
-        documents.append(normed[:-1])
+    documents, queries = [], []
+    steps = -(-LISTS // trainer.config.lists_per_step)
+    for drawn in [drawn for step in range(steps) for drawn in trainer.drawer[step]][:LISTS]:
+        normed, _ = trainer.readouts([drawn.block])
+        documents.append(normed[int(drawn.dual) : -1])
         queries.append(normed[-1:])
     return torch.cat(documents), torch.cat(queries)

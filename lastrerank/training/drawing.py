@@ -7,9 +7,8 @@ them ahead (a GPU computes faster than one process encodes).
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ from lastrerank.training.data import TrainingData, TrainingList
 if TYPE_CHECKING:
     from lastrerank.training.trainer import TrainingConfig
 
+# Of the rules by which a step's lists are drawn: a training goes on by the ones that it began with, or not at all.
+DRAWING = 2
 # Random documents more in a crowded list.
 CROWD = (30, 100)
 # Processes that draw for a GPU, and steps that each of them is ahead.
@@ -89,7 +90,8 @@ class ListDrawer(Dataset[list[DrawnList]]):
             if least and (crowded or rng.random() < 0.5):
                 cap = least if crowded else round(least * (cap / least) ** rng.random())
             example = self.data.draw(config.seed, number, hard, easy, augment=similar)
-            example = self._shorter(example, cap)
+            if not crowded and not similar:
+                example = self._shorter(example, cap)
             dual = config.dual > 0 and number % 2 == 0
             block = self._block(example, dual, cap)
             drawn.append(DrawnList(block, dual, example.positive, example.teacher, example.copy_of))
@@ -102,19 +104,14 @@ class ListDrawer(Dataset[list[DrawnList]]):
             DataLoader(
                 self, batch_size=None, sampler=range(first, last), num_workers=workers if fork else 0,
                 prefetch_factor=AHEAD if fork else None, multiprocessing_context="fork" if fork else None,
-                worker_init_fn=_in_worker, generator=torch.Generator(),
+                generator=torch.Generator(),
             )
         )  # fmt: skip
-
-    def prompts(self, examples: Sequence[TrainingList]) -> list[EncodedBlock]:
-        """Of lists as they are, documents cut at what is cut at the least."""
-        cap = self.config.doc_tokens_least or self.config.doc_tokens
-        return [self._block(example, False, cap) for example in examples]
 
     def _shorter(self, example: TrainingList, cap: int) -> TrainingList:
         """The list without the negatives that are too many for `list_tokens`."""
         most = self.config.list_tokens
-        if not most or example.copy_of is not None:
+        if not most:
             return example
         lengths = [cut.length for cut in self.encoder.cut(example.documents, cap)]
         total, kept = lengths[example.positive], [example.positive]
@@ -149,7 +146,3 @@ class ListDrawer(Dataset[list[DrawnList]]):
         names[own[drawn]] = rng.choice(free, int(drawn.sum()), replace=False)
         return replace(block, own_ids=names[block.ids], prefix=None)
 
-
-def _in_worker(_: int) -> None:
-    # One of several: the tokenizer's own threads, which a fork leaves behind, would only be in the others' way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -52,7 +52,7 @@ class QueryMaker:
         if kind == "sentence" and sentences:
             part = rng.choice(sentences).split()
             count, left_out = rng.randint(5, 18), rng.choice((0.0, 0.2, 0.4))
-            first = rng.randrange(max(1, len(part) - count))
+            first = rng.randrange(max(1, len(part) - count + 1))
             return " ".join(word for word in part[first : first + count] if rng.random() >= left_out)
         own = [word for word in dict.fromkeys(words) if any(map(str.isalpha, word))] or words
         rarity = [math.log(1 + self._texts / (1 + self._holding[word.lower()])) ** 2 for word in own]
@@ -64,5 +64,5 @@ def _words(text: str) -> list[str]:
 
 
 def _run(text: str, count: int, rng: random.Random) -> str:
-    first = rng.randrange(max(1, len(text) - count))
+    first = rng.randrange(max(1, len(text) - count + 1))
     return text[first : first + count].strip()

@@ -25,8 +25,8 @@ from lastrerank.packing import pack
 from lastrerank.prompt import EncodedBlock
 from lastrerank.readouts import Projector
 from lastrerank.stored import read_json
-from lastrerank.training.data import TrainingData, TrainingList
-from lastrerank.training.drawing import WORKERS, DrawnList, ListDrawer
+from lastrerank.training.data import TrainingData
+from lastrerank.training.drawing import DRAWING, WORKERS, DrawnList, ListDrawer
 from lastrerank.training.losses import cosine, disperse_loss, distill_loss, rank_loss, similar_loss
 from lastrerank.training.operations import TrainingOperations
 
@@ -39,9 +39,9 @@ class TrainingConfig:
     the two. During the first `easy_start` of the steps half of them are random instead. doc_tokens: documents are cut
     here; with doc_tokens_least those of half of the lists at a number drawn between the two, short ones as often as
     long ones by factors. list_tokens: of documents that have more than this together some negatives are left out. A
-    share `crowded` of the lists has 30 to 100 random documents more, cut at the least, so that lists of as many as
-    people rank are known, too. dual and similar are applied to a random half and a random eighth of the lists (they
-    change the prompt).
+    share `crowded` of the lists has 30 to 100 random documents more, all cut at doc_tokens_least, so that lists of as
+    many as people rank are known, too. dual and similar are applied to a random half and a random eighth of the lists
+    (they change the prompt).
     temperature falls linearly from the first to the second.
     average: decay, a step, of a running mean of the weights, which is what checkpoints hold (the paper merges some at
     the end); 0 for the weights themselves. constant: the learning rate stays where it is after the warm-up, for a
@@ -117,7 +117,7 @@ class Trainer:
         device: torch device; a GPU trains under bf16 autocast of the linears.
         identity: of what a training depends on beside the recipe, by digest; a state is of one identity.
         workers: processes that draw lists ahead of the steps, which changes nothing but the time; None for some on a
-            GPU, none on a CPU.
+            GPU, none on a CPU. None are there where processes can't be forked (Windows).
     """
 
     def __init__(
@@ -141,7 +141,11 @@ class Trainer:
             least, most = getattr(config, f"{name}_least"), getattr(config, name)
             if least > most:
                 raise ValueError(f"{name}_least is {least}, {name} {most}")
-        self.identity = dict(identity or {})
+        if config.crowded and not config.doc_tokens_least:
+            raise ValueError(f"crowded is {config.crowded}, doc_tokens_least 0: crowded lists are cut at that")
+        if config.distill and not config.rank and any(row.teacher is None for row in data.rows):
+            raise ValueError("rank is 0, and a list has no teacher: nothing would be learnt from it")
+        self.identity = dict(identity or {}) | {"drawing": DRAWING}
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
         state = saving.state_dict(checkpoint.config, loaded)
@@ -210,7 +214,7 @@ class Trainer:
         config = self.config
         t0, t1 = config.temperature
         t = t0 + (t1 - t0) * self.step / max(1, config.steps - 1)
-        readouts, projector = self._read([drawn.block for drawn in lists])
+        readouts, projector = self.readouts([drawn.block for drawn in lists])
         vectors = torch.relu(readouts @ projector.w1.t()) @ projector.w2.t()
 
         weights = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
@@ -225,12 +229,9 @@ class Trainer:
         (total / config.lists_per_step).backward()
         return {name: float(torch.stack(losses).mean()) for name, losses in found.items()}
 
-    def readouts(self, examples: Sequence[TrainingList]) -> tuple[torch.Tensor, Projector]:
-        """Normed states `[R, D]` at what is read of packed lists, list by list: the documents, the query; the
+    def readouts(self, blocks: Sequence[EncodedBlock]) -> tuple[torch.Tensor, Projector]:
+        """Normed states `[R, D]` at what is read of packed prompts, one after another: the documents, the query; the
         projector."""
-        return self._read(self.drawer.prompts(examples))
-
-    def _read(self, blocks: Sequence[EncodedBlock]) -> tuple[torch.Tensor, Projector]:
         weights = self.weights()
         model = Model(self.checkpoint.config, weights, self.operations)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
