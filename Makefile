@@ -78,7 +78,7 @@ bench-pairs-peers: .venv-integrations/done
 	$(MAKE) .venv-bench/done
 	$(PEERS) pytest tests/test_bench.py -k peer
 	$(PEERS) $(PAIRS) --runs 1 --name pairs_cpu_engines --workloads "100 x 128, query of 10" \
-		--providers llama.cpp-f16 llama.cpp-q8_0 openvino-float32 onnxruntime-int8 $(PAIR_PROVIDERS)
+		--providers $(PAIR_PROVIDERS) llama.cpp-f16 llama.cpp-q8_0 openvino-float32 onnxruntime-int8
 
 # On a machine with a GPU: is everything right there, how fast is it, and one file to send. PyTorch brings its Triton.
 .venv-gpu/done: pyproject.toml constraints.txt
