@@ -121,8 +121,8 @@ def measure(
 
 
 def make_requests(lists: int, documents: int, doc_tokens: int, query_tokens: int, encoder: Any) -> list[Request]:
-    """Lists of documents of exactly `doc_tokens` bare tokens: common English words, one token each, whatever the
-    tokenizer; a single letter begins, as a word that no space stands before may be several."""
+    """Lists of documents of exactly `doc_tokens` bare tokens: common English words, one token each by any
+    byte-level tokenizer; a single letter begins, as a word that no space stands before may be several."""
     rng, cut = random.Random(0), encoder.encoder.pieces.texts.cut
     common = "the of and to in is for on that with as it by at from this an are was be have"
     words = [f" {word}" for word in common.split() if cut([f" {word}"], 10)[0].length == 1]

@@ -100,11 +100,9 @@ class PlainPairs:
         with safe_open(str(folder / "model.safetensors"), "pt") as file:
             if "lm_head.weight" in file.keys():  # noqa: SIM118 (no mapping)
                 raise NotImplementedError("the output head is not the embedding")
-            table = file.get_slice("model.embed_tokens.weight")
-            rows = [_ids(self.tokenizer, word)[0] if word is not None else None for word in words]
-            true, false = (None if row is None else table[row : row + 1][0].float() for row in rows)
-        assert true is not None
-        self.weight = true if false is None else true - false
+            table = file.get_tensor("model.embed_tokens.weight")
+        true, *false = [table[_ids(self.tokenizer, word)[0]].float() for word in words if word is not None]
+        self.weight = true - sum(false)
 
     def scores(self, query: str, documents: list[str], instruction: str | None = None) -> np.ndarray:
         """Raw scores fp32 `[N]`."""

@@ -87,9 +87,9 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 def driver_version() -> int | None:
     """Of CUDA, as the driver has it (13000 is 13.0): asked of the driver itself, as PyTorch's own way to ask comes and
     goes with its versions. None where there is no such driver (AMD's)."""
-    library, found = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1", ctypes.c_int()
+    found = ctypes.c_int()
     try:
-        failed = ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(found))
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
     except (OSError, AttributeError):
         return None
     return None if failed else found.value

@@ -18,7 +18,8 @@ import bench.measure
 import bench.profile_cpu
 from bench.plots import plot_roofline
 from bench.providers import PROVIDERS
-from lastrerank.random_checkpoint import SHAPES, write_random_checkpoint
+from lastrerank import Reranker
+from lastrerank.random_checkpoint import SHAPES, small_tokenizer, write_random_checkpoint
 
 
 @pytest.fixture
@@ -66,6 +67,15 @@ def test_a_peer_gives_the_baselines_scores(tmp_path, documents, provider, module
         np.concatenate(PROVIDERS[name](folder)(requests)) for name in ("transformers-sdpa-float32", provider)
     )
     assert 0 < np.abs(found - expected).max() < bound
+
+
+def test_requests_have_as_many_tokens_as_asked_for(tmp_path):
+    """By a tokenizer, too, that reads a word as one token only behind a space."""
+    write_random_checkpoint(tmp_path, "tiny", tokenizer=small_tokenizer(["read the of and to in is that on with"] * 9))
+    reranker = Reranker.from_pretrained(tmp_path)
+    [(query, documents)] = bench.end_to_end.make_requests(1, 4, 30, 9, reranker)
+    lengths = [cut.length for cut in reranker.encoder.cut([query, *documents], 100)]
+    assert lengths == [9, 30, 30, 30, 30] and len(set(documents)) == 4
 
 
 def test_profile_counts_what_a_pass_does(results):

@@ -215,8 +215,8 @@ def test_new_words_begin_as_old_ones_of_their_meaning(tmp_path):
 
 
 def test_lists_of_the_bundled_checkpoint(tmp_path, monkeypatch):
-    """A list's negatives are of its pool and no answer, its teacher is a distribution that favours the label, and every
-    pool has its share; queries are people's, made, and in another language, with the negatives of one in its own."""
+    """A list's negatives are of its pool and no answer, its teacher is BM25's scores beside a label's share, and every
+    pool has its own; queries are people's, made, and in another language, with the negatives of one in its own."""
     monkeypatch.setattr(bundled, "MADE", {"debian/en": 200, "lo-index": 50})
     words = ("page", "style", "print", "table")
     documents = [f"{word} {other} is what the {other} of every {word} says in its own words"

@@ -9,17 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-# Han, Hiragana, Katakana, Hangul, Thai.
-_UNSPACED = "぀-ヿ㐀-䶿一-鿿豈-﫿가-힯฀-๿"
-_WORD = re.compile(f"[{_UNSPACED}]+|[^\\W{_UNSPACED}]+")
-_FIRST_UNSPACED = re.compile(f"[{_UNSPACED}]")
+# Characters of languages without spaces between words (Hiragana, Katakana, Han, Thai); and with Hangul, whose words are
+# divided in the same way.
+UNSPACED = "぀-ヿ㐀-䶿一-鿿豈-﫿฀-๿"
+_DIVIDED = f"{UNSPACED}가-힯"
+_WORD = re.compile(f"[{_DIVIDED}]+|[^\\W{_DIVIDED}]+")
+_FIRST_DIVIDED = re.compile(f"[{_DIVIDED}]")
 
 
 def bm25_tokens(text: str) -> list[str]:
     """Tokens as described above."""
     tokens: list[str] = []
     for word in _WORD.findall(text.lower()):
-        if _FIRST_UNSPACED.match(word) and len(word) > 1:
+        if _FIRST_DIVIDED.match(word) and len(word) > 1:
             tokens.extend(word[i : i + 2] for i in range(len(word) - 1))
         else:
             tokens.append(word)

@@ -120,30 +120,35 @@ def sampled_lists(data: Path, output: Path, seed: int = 0) -> Path:
     documents, rows = read_pairs(data)
     rng = random.Random(seed)
     pairs = sample_pairs(rows, SAMPLE, seed)
-    pools: dict[str, list[int]] = defaultdict(list)
-    for pair in pairs:
-        pools[pair.pool].append(pair.positive)
-    made: list[Pair] = []
-    for pool, positives in pools.items():
-        unique = sorted(set(positives))
-        maker = QueryMaker(documents[i] for i in unique)
-        for _ in range(MADE.get(pool, MADE.get(pool.split("/")[0], 0))):
-            positive = rng.choice(unique)
-            query = maker.make(documents[positive], rng)
-            if len(query) > 2:
-                made.append(Pair(query, positive, pool))
     human = {(pair.query, pair.positive, pair.pool) for pair in pairs}
 
     def by_bm25(pair: Pair, listed: Sequence[int], shares: Sequence[float]) -> list[float]:
         return [SHARPNESS * share for share in shares]
 
-    lists = mine_lists(documents, pairs + made, teacher=by_bm25)
+    lists = mine_lists(documents, pairs + made_pairs(documents, pairs, rng), teacher=by_bm25)
     for row in lists:
         by_person = (row["query"], row["positive"], row["pool"]) in human
         row["label"] = LABEL if by_person else LABEL_MADE
         if rng.random() < (RENAMED if by_person else RENAMED_MADE):
             row |= {"label": LABEL_RENAMED, "renamed": True}
     return write_lists(output, documents, lists + across(rows, lists, rng))
+
+
+def made_pairs(documents: Sequence[str], pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
+    """Queries made from the documents of each pool, as many as `MADE` says."""
+    pools: dict[str, set[int]] = defaultdict(set)
+    for pair in pairs:
+        pools[pair.pool].add(pair.positive)
+    made = []
+    for pool, members in pools.items():
+        positives = sorted(members)
+        maker = QueryMaker(documents[i] for i in positives)
+        for _ in range(MADE.get(pool, MADE.get(pool.split("/")[0], 0))):
+            positive = rng.choice(positives)
+            query = maker.make(documents[positive], rng)
+            if len(query) > 2:
+                made.append(Pair(query, positive, pool))
+    return made
 
 
 def across(

@@ -117,15 +117,10 @@ class TrainingData:
         rng.shuffle(order)  # place p holds text order[p]
         place = {text: p for p, text in enumerate(order)}
         count = len(ids)
-        if augment:
-            copy_of = tuple(place[text + count] if text < count else -1 for text in order)
-            return TrainingList(row.query, tuple(texts[k] for k in order), place[0], None, copy_of, row.renamed)
+        copy_of = tuple(place[text + count] if text < count else -1 for text in order) if augment else None
+        logits_in_order = None if augment or teacher is None else tuple(teacher[k] for k in order)  # copies have none
         return TrainingList(
-            row.query,
-            tuple(texts[k] for k in order),
-            place[0],
-            None if teacher is None else tuple(teacher[k] for k in order),
-            renamed=row.renamed,
+            row.query, tuple(texts[k] for k in order), place[0], logits_in_order, copy_of, row.renamed
         )
 
 

@@ -6,7 +6,6 @@ them ahead (a GPU computes faster than one process encodes).
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -99,12 +98,10 @@ class ListDrawer(Dataset[list[DrawnList]]):
 
     def ahead(self, first: int, last: int, workers: int) -> Iterator[list[DrawnList]]:
         """The lists of steps `first` to `last - 1`, drawn by `workers` processes; for 0, when they are asked for."""
-        fork = workers > 0 and "fork" in multiprocessing.get_all_start_methods()
         return iter(
             DataLoader(
-                self, batch_size=None, sampler=range(first, last), num_workers=workers if fork else 0,
-                prefetch_factor=AHEAD if fork else None, multiprocessing_context="fork" if fork else None,
-                generator=torch.Generator(),
+                self, batch_size=None, sampler=range(first, last), generator=torch.Generator(), num_workers=workers,
+                prefetch_factor=AHEAD if workers else None, multiprocessing_context="fork" if workers else None,
             )
         )  # fmt: skip
 

@@ -12,11 +12,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from lastrerank.evaluation.first_stage import UNSPACED
+
 # Shares of keywords, of runs of words, and of pieces of a sentence.
 _KINDS = (0.45, 0.25, 0.3)
 _EDGES = ".,;:!?()[]{}<>\"'“”„«»*"
-# Two or more characters of a language without spaces between words (Korean has them): Han, Hiragana, Katakana, Thai.
-_UNSPACED = re.compile("[぀-ヿ㐀-䶿一-鿿豈-﫿฀-๿]{2,}")
+_UNSPACED = re.compile(f"[{UNSPACED}]{{2,}}")
 
 
 class QueryMaker:

@@ -17,6 +17,7 @@ import torch
 from lastrerank import saving
 from lastrerank.adapters import write_adapter
 from lastrerank.checkpoint import Checkpoint
+from lastrerank.cpus import available_cpus
 from lastrerank.kept import digest, partial_name
 from lastrerank.lists import ListPrompt
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
@@ -116,8 +117,6 @@ class Trainer:
         config: the recipe.
         device: torch device; a GPU trains under bf16 autocast of the linears.
         identity: of what a training depends on beside the recipe, by digest; a state is of one identity.
-        workers: processes that draw lists ahead of the steps, which changes nothing but the time; None for some on a
-            GPU, none on a CPU. None are there where processes can't be forked (Windows).
     """
 
     def __init__(
@@ -127,7 +126,6 @@ class Trainer:
         config: TrainingConfig,
         device: str = "cpu",
         identity: Mapping[str, Any] | None = None,
-        workers: int | None = None,
     ) -> None:
         prompt = checkpoint.family.prompt
         if not isinstance(prompt, ListPrompt):
@@ -143,9 +141,10 @@ class Trainer:
                 raise ValueError(f"{name}_least is {least}, {name} {most}")
         if config.crowded and not config.doc_tokens_least:
             raise ValueError(f"crowded is {config.crowded}, doc_tokens_least 0: crowded lists are cut at that")
-        if config.distill and not config.rank and any(row.teacher is None for row in data.rows):
-            raise ValueError("rank is 0, and a list has no teacher: nothing would be learnt from it")
-        self.identity = dict(identity or {}) | {"drawing": DRAWING}
+        taught = config.distill and all(row.teacher is not None for row in data.rows)
+        if not config.rank and not taught:
+            raise ValueError(f"rank is 0, distill {config.distill}: a list without a teacher would teach no order")
+        self.identity = dict(identity or {}) | {"way of drawing lists": DRAWING}
         self.checkpoint, self.data, self.config, self.device = checkpoint, data, config, torch.device(device)
         loaded = checkpoint.weights(self.device, torch.float32)
         state = saving.state_dict(checkpoint.config, loaded)
@@ -156,9 +155,8 @@ class Trainer:
         for parameter in trained.values():
             parameter.requires_grad_()
         self.drawer = ListDrawer(data, config, checkpoint.tokenizer, prompt)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        ahead = min(WORKERS, cores - 1) if self.device.type == "cuda" else 0
-        self.workers = ahead if workers is None else workers
+        # Beside a GPU other processes draw the lists; a CPU has enough to do with the steps.
+        self.workers = min(WORKERS, available_cpus() - 1) if self.device.type == "cuda" else 0
         serve = TrainingOperations.serve(self.device, checkpoint.config.head_dim)
         self.operations = TrainingOperations() if serve else ReferenceOperations()
         self._trained = list(trained.values())
