@@ -104,7 +104,12 @@ test-integrations: .venv-integrations/done
 	.venv-clients/bin/python -m pip install --quiet --no-deps --editable .
 	.venv-clients/bin/uv pip install --quiet --python .venv-clients/bin/python --no-build --requirements tests/integrations/clients.txt
 	mkdir -p .venv-clients/npm
-	npm install --silent --prefix .venv-clients/npm cohere-ai ai @ai-sdk/cohere
+	npm install --silent --prefix .venv-clients/npm cohere-ai ai @ai-sdk/cohere @langchain/cohere @langchain/core
+	test -x .venv-clients/open-webui/bin/python || $(PYTHON) -m venv .venv-clients/open-webui
+	test -x .venv-clients/dify-plugin/bin/python || $(PYTHON) -m venv .venv-clients/dify-plugin
+	.venv-clients/open-webui/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	.venv-clients/bin/uv pip install --quiet --python .venv-clients/open-webui/bin/python --no-build open-webui
+	.venv-clients/bin/uv pip install --quiet --python .venv-clients/dify-plugin/bin/python --no-build dify-plugin
 	touch $@
 
 test-clients: .venv-clients/done

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ def address(folder):
 
 @dataclass(frozen=True)
 class Client:
-    """package: on PyPI or npm, or None for a payload that was taken from its source. rank: (address, documents wanted)
-    -> (index, score) of the best, best first; the score is None where the client keeps it for itself."""
+    """package: on PyPI, npm (npm:) or in an environment of its own (apart:), or None for a payload that was taken from
+    its source. rank: (address, documents wanted) -> (index, score) of the best, best first; the score is None where the
+    client doesn't show it."""
 
     name: str
     package: str | None
@@ -41,7 +43,8 @@ class Client:
 CLIENTS: list[Client] = []
 # The clients' versions; others pin what they can't run beside, and are tried in `.venv-clients`.
 TABLE = os.environ.get("CLIENTS_TABLE")
-NPM = Path(os.environ.get("CLIENTS_NPM", Path(__file__).parents[2] / ".venv-clients" / "npm"))
+APART = Path(__file__).parents[2] / ".venv-clients"
+NPM = Path(os.environ.get("CLIENTS_NPM", APART / "npm"))
 MODEL = "small"
 
 
@@ -326,6 +329,51 @@ const cohere = createCohere({ apiKey: "key", baseURL: `${address}/v2` });
 const found = await rerank({ model: cohere.reranking(model), query, documents, topN: n });
 console.log(JSON.stringify(found.ranking.map(r => [r.originalIndex, r.score])));
 """))
+# n8n's reranker is this class; its own node has no field for an address
+client("n8n's class, @langchain/cohere", "npm:@langchain/cohere")(_npm("""
+import { CohereRerank } from "@langchain/cohere";
+import { CohereClient } from "cohere-ai";
+const { address, model, query, documents, n } = JSON.parse(process.argv[1]);
+const reranker = new CohereRerank({ model, topN: n, client: new CohereClient({ token: "key", environment: address }) });
+const found = await reranker.rerank(documents, query);
+console.log(JSON.stringify(found.map(r => [r.index, r.relevanceScore])));
+"""))
+
+
+def _apart(name, script, **settings):
+    """A program that pins what the others can't run beside: in its environment and in a folder of its own."""
+
+    def rank(address, n):
+        values = json.dumps({"address": address, "model": MODEL, "query": QUERY, "documents": DOCUMENTS, "n": n})
+        script_of = f"import json, sys\nvalues = json.loads(sys.argv[1])\n{script}\nprint(json.dumps(rank(**values)))"
+        with tempfile.TemporaryDirectory() as kept:
+            done = subprocess.run([APART / name / "bin" / "python", "-c", script_of, values], cwd=kept, text=True,
+                                  capture_output=True, timeout=300, env=os.environ | settings)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+    return rank
+
+
+client("Open WebUI, ExternalReranker", "apart:open-webui")(_apart("open-webui", """
+def rank(address, model, query, documents, n):
+    from open_webui.retrieval.models.external import ExternalReranker
+
+    scores = ExternalReranker("key", f"{address}/v1/rerank", model).predict([(query, text) for text in documents])
+    return sorted(enumerate(scores), key=lambda row: -row[1])[:n]
+""", FROM_INIT_PY="true", DATA_DIR=".", STATIC_DIR=".", WEBUI_SECRET_KEY="key", OFFLINE_MODE="true"))  # fmt: skip
+# it shows shares of the range from worst to best; its own check of what a person types in asks for a share of .8
+client("Dify, OAICompatRerankModel", "apart:dify-plugin")(_apart("dify-plugin", """
+def rank(address, model, query, documents, n):
+    from dify_plugin.interfaces.model.openai_compatible.rerank import OAICompatRerankModel
+
+    dify, credentials = OAICompatRerankModel([]), {"endpoint_url": f"{address}/v1", "api_key": "key"}
+    dify.validate_credentials(model, credentials)
+    found = dify.invoke(model, credentials, query, documents, top_n=n).docs
+    assert [d.text for d in found] == [documents[d.index] for d in found]
+    assert [found[0].score, found[-1].score] == [1, 0]
+    return [(d.index, None) for d in found]
+"""))  # fmt: skip
 
 
 def _payload(path, body, rows, key="relevance_score"):
@@ -341,11 +389,8 @@ def _payload(path, body, rows, key="relevance_score"):
 
 
 for _name, _path, _body, _rows in (
-    # open_webui/retrieval/models/external.py: asks for all, in the order of their numbers
-    ("Open WebUI, external reranker", "/v1/rerank", lambda n: {"documents": DOCUMENTS, "top_n": len(DOCUMENTS)},
-     lambda a: sorted(a["results"], key=lambda r: r["index"])),
-    # dify-official-plugins, jina and openai_api_compatible: documents come back as objects
-    ("Dify, OpenAI-API-compatible", "/v1/rerank",
+    # dify-official-plugins, jina: documents come back as objects
+    ("Dify, Jina", "/v1/rerank",
      lambda n: {"documents": DOCUMENTS, "top_n": n, "return_documents": True},
      lambda a: [r for r in a["results"] if r["document"]["text"] == DOCUMENTS[r["index"]]]),
     # ragflow/rag/llm/rerank_model.py
@@ -369,6 +414,10 @@ def _version(package):
     if package.startswith("npm:"):
         path = NPM / "node_modules" / package.removeprefix("npm:") / "package.json"
         return json.loads(path.read_text())["version"] if path.is_file() and shutil.which("node") else None
+    if package.startswith("apart:"):
+        name = package.removeprefix("apart:")
+        found = sorted((APART / name).glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info"))
+        return found[0].name.removesuffix(".dist-info").rpartition("-")[2] if found else None
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return None
@@ -408,8 +457,8 @@ def test_client(one, address, expected, table, monkeypatch):
     assert [index for index, _ in found] == [index for index, _ in expected[:3]]
     shown = [(score, wanted) for (_, score), (_, wanted) in zip(found, expected, strict=False) if score is not None]
     assert [score for score, _ in shown] == pytest.approx([wanted for _, wanted in shown], abs=1e-6)
-    package = (one.package or "").removeprefix("npm:")
-    kept = "" if len(shown) == len(found) else "; it keeps no scores"
+    package = (one.package or "").rpartition(":")[2]
+    kept = "" if len(shown) == len(found) else "; it shows no score as it came"
     table[one.name] = ("its requests, after its source" if one.package is None else f"{package} {version}") + kept
 
 
