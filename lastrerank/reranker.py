@@ -49,6 +49,16 @@ class Scored:
     raw: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Readouts of complete requests, launched: fp32 on the host once `copied` has happened (None: they are there)."""
+
+    requests: Sequence[EncodedRequest]
+    scores: torch.Tensor
+    vectors: torch.Tensor | None
+    copied: torch.cuda.Event | None
+
+
 class Reranker(CrossEncoderFace):
     """A reranker of any family. Made by `from_pretrained`; may be used from several threads."""
 
@@ -329,7 +339,8 @@ class Reranker(CrossEncoderFace):
         progress: bool | None = None,
         documents: int = 0,
     ) -> list[Scored]:
-        """Score encoded requests in packed passes. Requests are drawn as passes need them, results kept in order.
+        """Score encoded requests in packed passes. Requests are drawn as passes need them, results kept in order. A GPU
+        has the next pass before the scores of the last one are waited for, and computes it while others are tokenised.
 
         documents: of all requests, for progress.
 
@@ -342,6 +353,7 @@ class Reranker(CrossEncoderFace):
         results: dict[int, Scored] = {}
         unfinished: dict[int, EncodedRequest] = {}
         hidden: dict[int, list[torch.Tensor]] = {}  # read rows, a block each, of unfinished requests
+        readings: list[tuple[list[int], _Reading]] = []  # of the last pass
 
         with Progress("reranking", "documents", progress, documents) as bar:
             for group in _passes(_blocks_of(requests, unfinished), 1 if self.deterministic else budget):
@@ -350,11 +362,15 @@ class Reranker(CrossEncoderFace):
                 for (number, _), part in zip(group, parts, strict=True):
                     hidden.setdefault(number, []).append(part)
                 done = [n for n, r in unfinished.items() if r.blocks and len(hidden.get(n, ())) == len(r.blocks)]
-                for together in ([n] for n in done) if self.deterministic else [done]:
-                    scored = self.score_read_rows(
-                        [unfinished.pop(n) for n in together], [part for n in together for part in hidden.pop(n)]
-                    )
-                    results.update(zip(together, scored, strict=True))
+                launched = []
+                for together in [[n] for n in done] if self.deterministic else filter(None, [done]):
+                    own = [part for n in together for part in hidden.pop(n)]
+                    launched.append((together, self._launch_readout([unfinished.pop(n) for n in together], own)))
+                for together, reading in readings:
+                    results.update(zip(together, self._read(reading), strict=True))
+                readings = launched
+            for together, reading in readings:
+                results.update(zip(together, self._read(reading), strict=True))
         for number in unfinished:  # requests without documents
             results[number] = Scored(np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
         return [results[number] for number in sorted(results)]
@@ -388,8 +404,10 @@ class Reranker(CrossEncoderFace):
         Raises:
             RuntimeError: a score is not finite (the dtype overflowed).
         """
-        if not requests:
-            return []
+        return self._read(self._launch_readout(requests, hidden)) if requests else []
+
+    def _launch_readout(self, requests: Sequence[EncodedRequest], hidden: Sequence[torch.Tensor]) -> _Reading:
+        """Waits for nothing."""
         counts = [len(block.doc_rows) for request in requests for block in request.blocks]
         # Every order of a request is fused apart, as if it were a request of its own.
         owners = [(n, order) for n, request in enumerate(requests) for order in request.block_orders]
@@ -399,9 +417,23 @@ class Reranker(CrossEncoderFace):
             vectors, scores = weights.readout(
                 self.model.ops, torch.cat(list(hidden)), weights.norm, self.config.rms_norm_eps, counts, owners
             )
-            host_scores = scores.float().cpu().numpy()
+            host_scores = scores.float().to("cpu", non_blocking=True)
             wants_vectors = any(request.request.return_embeddings for request in requests)
-            host_vectors = vectors.float().cpu().numpy() if wants_vectors else np.zeros((len(scores), 0), np.float32)
+            host_vectors = vectors.float().to("cpu", non_blocking=True) if wants_vectors else None
+            copied = torch.cuda.Event() if self.device.type == "cuda" else None
+            if copied is not None:
+                copied.record(torch.cuda.current_stream(self.device))
+        return _Reading(requests, host_scores, host_vectors, copied)
+
+    def _read(self, reading: _Reading) -> list[Scored]:
+        """Raises RuntimeError where a score is not finite."""
+        if reading.copied is not None:
+            reading.copied.synchronize()
+        requests, host_scores = reading.requests, reading.scores.numpy()
+        if reading.vectors is None:
+            host_vectors = np.zeros((len(host_scores), 0), np.float32)
+        else:
+            host_vectors = reading.vectors.numpy()
         if not np.isfinite(host_scores).all():
             raise RuntimeError(f"scores are not finite: {self.dtype} overflowed in this model; use another dtype")
 

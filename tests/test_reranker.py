@@ -112,6 +112,28 @@ def test_packed_scores_are_those_alone(reranker, documents, max_batch_tokens):
         np.testing.assert_allclose(scores(alone), scores(results), rtol=0, atol=1e-6)
 
 
+def test_scores_are_read_when_the_next_pass_is_launched(tiny, documents, monkeypatch):
+    """A GPU isn't left without work while the host looks at scores."""
+    reranker, happened = Reranker.from_pretrained(tiny), []
+
+    def noting(what):
+        function = getattr(Reranker, what)
+
+        def noted(*args, **kwargs):
+            happened.append(what)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(Reranker, what, noted)
+
+    requests = [RerankRequest("a query", documents[i : i + 3]) for i in (0, 3, 6)]
+    alone = [reranker.rerank_many([request])[0] for request in requests]
+    noting("read_rows"), noting("_read")
+    together = reranker.rerank_many(requests, max_batch_tokens=1)
+    assert happened == ["read_rows", "read_rows", "_read", "read_rows", "_read", "_read"]
+    for ours, expected in zip(together, alone, strict=True):
+        assert scores(ours).tolist() == scores(expected).tolist()
+
+
 def test_deterministic_scores_are_bitwise_those_alone(tiny, documents):
     reranker = Reranker.from_pretrained(tiny, deterministic=True)
     requests = mixed_requests(documents)
