@@ -253,12 +253,18 @@ def _guarded(function: Any, *arguments: Any, **keywords: Any) -> Any:
 
 
 def _apart(text: str, chars: int) -> int | None:
-    """A place at or before `chars` at which the text may be normalised (NFC) in two parts: the next character is no
-    mark and no part of a Hangul syllable. None if there is none near."""
+    """A place at or before `chars` at which the text may be normalised (NFC) in two; None if there is none near."""
     for end in range(chars, max(chars - 1024, 0), -1):
-        if end >= len(text) or not (unicodedata.category(text[end])[0] == "M" or "\u1160" <= text[end] <= "\u11ff"):
+        if end >= len(text) or not _may_join(text[end]):
             return end
     return None
+
+
+def _may_join(character: str) -> bool:
+    """Whether NFC may make one of a character and the one before it: marks, parts of a Hangul syllable, Kirat Rai's
+    vowel sign E (a letter), and any that this Python's tables don't have and newer ones may."""
+    category = unicodedata.category(character)
+    return category[0] == "M" or category == "Cn" or "\u1160" <= character <= "\u11ff" or character == "\U00016d67"
 
 
 def bare_tokenizer(tokenizer: Tokenizer, model: Model) -> Tokenizer:

@@ -348,8 +348,9 @@ def _wait_for_copies(block: Block, lanes: Lanes, keep: int, text: str) -> None:
 def _tensor_copy(instruction: Instruction) -> Run:
     """A box of a matrix `[rows, columns]` by the copy engine, swizzled by 128 bytes; zeros outside of the matrix."""
     text = instruction.text
-    wanted = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-    if instruction.op != wanted:
+    # Triton 3.7 names the block's own memory, 3.6 a cluster's, which is the same in a cluster of one.
+    wanted = [f"cp.async.bulk.tensor.2d.shared::{to}.global.mbarrier::complete_tx::bytes" for to in ("cluster", "cta")]
+    if instruction.op not in wanted:
         raise NotImplementedError(f"not modelled: {text:.120}")
     target, barrier = (address_reader(instruction.operands[n], "u32") for n in (0, 2))
     source = instruction.operands[1]
