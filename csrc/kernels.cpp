@@ -460,6 +460,7 @@ struct Of {
 inline float logit_grid(long dim) {
   return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f));
 }
+constexpr long kAhead = 4;  // rows
 constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f, kLog2E = 1.44269504f;
 static_assert(double(Of<Format::kGrid>::kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 
@@ -493,6 +494,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
     std::vector<Number> row(width);
     for (long j = 0; j < packed_keys(tile); ++j) {
       const long key = tile * kKeys + j, there = key < length ? dim : 0;
+      if (key + kAhead < length) prefetch(key_row(key + kAhead) + head * dim, dim);
       scales[j] = F::encode(there ? key_row(key) + head * dim : nullptr, there, width, 1.0f, logits, row.data());
       Number* column = target + j / kPanel * kPanel * width + j % kPanel * inputs;
       for (long i = 0; i < width; i += inputs) std::copy_n(&row[i], inputs, column + i * kPanel);
@@ -505,6 +507,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       for (long i = 0; i < inputs; ++i) {
         const long key = tile * kKeys + j + i, there = key < length ? dim : 0;
         const float* value = there ? value_row(key) + head * dim : nullptr;
+        if (key + kAhead < length) prefetch(value_row(key + kAhead) + head * dim, dim);
         Number* to = &row[i * value_columns];
         scales[j + i] = F::encode(value, there, value_columns, 1.0f, kValueGrid, to);
         if (!grid && std::isnan(magnitude(value, there))) {
@@ -538,8 +541,8 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       finite_values[place] = pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
     });
     parallel_for(threads, row_tiles * some_heads, [=](long task) {
-      // Heaviest first: the last rows see the most keys.
-      const long row_tile = row_tiles - 1 - task / some_heads, head = first_head + task % some_heads;
+      // A head after the other, so that its keys and values stay in the cache. Heaviest first: the last rows see the most.
+      const long row_tile = row_tiles - 1 - task % row_tiles, head = first_head + task / row_tiles;
       const long first = row_tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
       auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
 
@@ -556,6 +559,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       }
       long low = length, high = 0;
       for (long r = 0; r < count; ++r) {
+        if (r + kAhead < count) prefetch(q + (first + r + kAhead) * ldq + head * group * dim, group * dim);
         low = std::min<long>(low, position(r));
         high = std::max<long>(high, position(r) + 1);
         for (long g = 0; g < group; ++g)
@@ -587,10 +591,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
           for (long j = 0; j < begin; ++j) row[j] = -INFINITY;
           for (long j = end; j < used; ++j) row[j] = -INFINITY;
           Vec most = load(row);
-          for (long j = kLanes; j < used; j += kLanes) {
-            const Vec x = load(row + j);
-            most = x > most ? x : most;
-          }
+          for (long j = kLanes; j < used; j += kLanes) most = larger(load(row + j), most);
           const float next = std::max(top[r], largest(most));
           Vec sums{};
           if constexpr (grid) {  // logits are in base 2; each weight takes its value's step along
@@ -606,21 +607,22 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
               const Vec e = exp2_coarse(load(row + j) - next), x = e * load(value_step + j);
               sums += e;
               scaled += x;
-              most_scaled = x > most_scaled ? x : most_scaled;
+              most_scaled = larger(x, most_scaled);
               store(row + j, x);
             }
             const float not_finite = sum(scaled) * 0.0f;  // NaN if a weight is
             weight_steps[r] = quantize(row, kKeys, largest(most_scaled) + not_finite, kWeightGrid, 0, weight);
           } else {
             for (long j = 0; j < used; j += kLanes) {
-              const Vec x = load(row + j) - next, e = kFormat == Format::kFp32 ? exp(x) : exp2_coarse(x * kLog2E);
+              const Vec x = load(row + j),
+                        e = kFormat == Format::kFp32 ? exp(x - next) : exp2_coarse(x * kLog2E - next * kLog2E);
               sums += e;
               F::put(weight + j, e);
             }
             if (!finite_values[place])
               for (long j = begin; j < end; ++j) sums += value_steps[place * kKeys + j] * 0.0f;
           }
-          const float shrink = grid ? std::exp2(top[r] - next) : std::exp(top[r] - next);
+          const float change = top[r] - next, shrink = change == 0.0f ? 1.0f : grid ? std::exp2(change) : std::exp(change);
           store(&totals[r * kLanes], load(&totals[r * kLanes]) * shrink + sums);
           if (shrink != 1.0f)
             for (long i = 0; i < value_columns; ++i) result[r * value_columns + i] *= shrink;

@@ -40,6 +40,11 @@ typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), aligned(4)));
 
+// What will be read soon: where rows lie pages apart, no hardware sees them coming.
+inline void prefetch(const float* p, long n) {
+  for (long i = 0; i < n; i += 16) __builtin_prefetch(p + i);
+}
+
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
@@ -83,6 +88,17 @@ inline float largest(Vec v) {
   return reduced(v, [](float a, float b) { return a > b ? a : b; });
 }
 
+// x > y ? x : y in each lane, y where one is no number: an instruction, which compilers don't find.
+LASTRERANK_INLINE Vec larger(Vec x, Vec y) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)x, (__m512)y);  // without a mask GCC 12 warns of its own header
+#elif defined(__AVX__)
+  return (Vec)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
 // exp(x), relative error about 2 ulp for x in [-87, 88]; 0 below. Cephes' range reduction and polynomial.
 LASTRERANK_INLINE Vec exp(Vec x) {
   const IVec underflow = x < -87.0f;
@@ -102,18 +118,18 @@ LASTRERANK_INLINE Vec exp(Vec x) {
   return underflow ? splat(0.0f) : p * bits<Vec>((n + 127) << 23);
 }
 
-// 2^x for x <= 0, relative error below 3e-6; 0 below -126. Enough for what becomes a number of 16 bits.
+// 2^x for x <= 0, relative error below 3e-6; 0 below -126.5. Enough for what becomes a number of 16 bits.
 LASTRERANK_INLINE Vec exp2_coarse(Vec x) {
-  const IVec underflow = x < -126.0f;
-  x = underflow ? splat(-126.0f) : x;
-  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the nearest integer stands in the last bits
-  const Vec r = x - (shifted - 12582912.0f);
+  x = larger(splat(-127.0f), x);
+  // In the last bits of a number near 1.5 * 2^23 stands the nearest integer, and 127 more: the exponent to be.
+  constexpr float kShift = 12582912.0f + 127.0f;
+  const Vec shifted = x + kShift, r = x - (shifted - kShift);
   Vec p = splat(9.5701e-3f);
   p = p * r + 5.591786e-2f;
   p = p * r + 2.4024745e-1f;
   p = p * r + 6.9312181e-1f;
   p = p * r + 9.9999926e-1f;
-  return underflow ? splat(0.0f) : p * bits<Vec>((bits<IVec>(shifted) << 23) + (127 << 23));
+  return p * bits<Vec>(bits<IVec>(shifted) << 23);
 }
 
 // ---- bf16 ---------------------------------------------------------------------------------------------------------

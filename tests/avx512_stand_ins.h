@@ -54,6 +54,12 @@ inline int saturated(int x) { return x > 32767 ? 32767 : x < -32768 ? -32768 : x
 
 inline __m512i set1_epi32(int x) { return vector<__m512i, int32_t>([=](unsigned) { return x; }); }
 inline __m512i set1_epi16(short x) { return vector<__m512i, int16_t>([=](unsigned) { return x; }); }
+inline __m512 maskz_max_ps(unsigned mask, __m512 a, __m512 b) {
+  return vector<__m512, float>([&](unsigned i) {
+    const float x = lane<float>(a, i), y = lane<float>(b, i);
+    return mask >> i & 1 ? x > y ? x : y : 0.0f;
+  });
+}
 inline __m512i add_epi32(__m512i a, __m512i b) {
   return vector<__m512i, int32_t>([&](unsigned i) { return lane<int32_t>(a, i) + lane<int32_t>(b, i); });
 }
@@ -162,6 +168,7 @@ inline void tile_dpbusd(int sums, int rows, int columns) {
 #define _mm512_maddubs_epi16 stand_in::maddubs_epi16
 #define _mm512_dpwssd_epi32 stand_in::dpwssd_epi32
 #define _mm512_dpbusd_epi32 stand_in::dpbusd_epi32
+#define _mm512_maskz_max_ps stand_in::maskz_max_ps
 #define _mm512_dpbf16_ps stand_in::dpbf16_ps
 #define _mm512_cvtneps_pbh stand_in::cvtneps_pbh
 #undef _tile_loadconfig
