@@ -97,7 +97,7 @@ test-integrations: .venv-integrations/done
 	.venv-integrations/bin/python -m pytest tests/integrations
 
 # Everyone's clients, at the versions that can stand beside each other, in an environment of their own; uv resolves in
-# seconds what pip takes minutes for. The documentation's table of them is made here.
+# seconds what pip takes minutes for. The documentation's table of them is made here. Open WebUI wants Python 3.11 or 3.12.
 .venv-clients/done: pyproject.toml tests/integrations/clients.txt
 	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt torch numpy uv

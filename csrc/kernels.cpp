@@ -541,7 +541,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       finite_values[place] = pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
     });
     parallel_for(threads, row_tiles * some_heads, [=](long task) {
-      // A head after the other, so that its keys and values stay in the cache. Heaviest first: the last rows see the most.
+      // A head after the other: its keys and values stay in the cache. Heaviest first: the last rows see the most keys.
       const long row_tile = row_tiles - 1 - task % row_tiles, head = first_head + task / row_tiles;
       const long first = row_tile * tile_rows, count = std::min(tile_rows, rows - first), m = count * group;
       auto position = [=](long r) { return prefix + (positions == nullptr ? first + r : positions[first + r]); };
@@ -614,15 +614,15 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
             weight_steps[r] = quantize(row, kKeys, largest(most_scaled) + not_finite, kWeightGrid, 0, weight);
           } else {
             for (long j = 0; j < used; j += kLanes) {
-              const Vec x = load(row + j),
-                        e = kFormat == Format::kFp32 ? exp(x - next) : exp2_coarse(x * kLog2E - next * kLog2E);
+              const Vec x = load(row + j) - next, e = kFormat == Format::kFp32 ? exp(x) : exp2_coarse(x * kLog2E);
               sums += e;
               F::put(weight + j, e);
             }
             if (!finite_values[place])
               for (long j = begin; j < end; ++j) sums += value_steps[place * kKeys + j] * 0.0f;
           }
-          const float change = top[r] - next, shrink = change == 0.0f ? 1.0f : grid ? std::exp2(change) : std::exp(change);
+          const float change = top[r] - next;
+          const float shrink = change == 0.0f ? 1.0f : grid ? std::exp2(change) : std::exp(change);
           store(&totals[r * kLanes], load(&totals[r * kLanes]) * shrink + sums);
           if (shrink != 1.0f)
             for (long i = 0; i < value_columns; ++i) result[r * value_columns + i] *= shrink;

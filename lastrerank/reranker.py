@@ -407,7 +407,7 @@ class Reranker(CrossEncoderFace):
         return self._read(self._launch_readout(requests, hidden)) if requests else []
 
     def _launch_readout(self, requests: Sequence[EncodedRequest], hidden: Sequence[torch.Tensor]) -> _Reading:
-        """Waits for nothing."""
+        """Doesn't wait for the device."""
         counts = [len(block.doc_rows) for request in requests for block in request.blocks]
         # Every order of a request is fused apart, as if it were a request of its own.
         owners = [(n, order) for n, request in enumerate(requests) for order in request.block_orders]

@@ -261,10 +261,12 @@ def _apart(text: str, chars: int) -> int | None:
 
 
 def _may_join(character: str) -> bool:
-    """Whether NFC may make one of a character and the one before it: marks, parts of a Hangul syllable, Kirat Rai's
-    vowel sign E (a letter), and any that this Python's tables don't have and newer ones may."""
+    """Whether NFC may make one of a character and the one before it: marks, parts of a Hangul syllable, two of Kirat
+    Rai's vowel signs (letters), and any that this Python's tables don't have and newer ones may."""
     category = unicodedata.category(character)
-    return category[0] == "M" or category == "Cn" or "\u1160" <= character <= "\u11ff" or character == "\U00016d67"
+    if category[0] == "M" or category == "Cn":
+        return True
+    return "\u1160" <= character <= "\u11ff" or "\U00016d67" <= character <= "\U00016d68"
 
 
 def bare_tokenizer(tokenizer: Tokenizer, model: Model) -> Tokenizer:

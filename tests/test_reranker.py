@@ -127,7 +127,8 @@ def test_scores_are_read_when_the_next_pass_is_launched(tiny, documents, monkeyp
 
     requests = [RerankRequest("a query", documents[i : i + 3]) for i in (0, 3, 6)]
     alone = [reranker.rerank_many([request])[0] for request in requests]
-    noting("read_rows"), noting("_read")
+    noting("read_rows")
+    noting("_read")
     together = reranker.rerank_many(requests, max_batch_tokens=1)
     assert happened == ["read_rows", "read_rows", "_read", "read_rows", "_read", "_read"]
     for ours, expected in zip(together, alone, strict=True):

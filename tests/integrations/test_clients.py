@@ -329,11 +329,12 @@ const cohere = createCohere({ apiKey: "key", baseURL: `${address}/v2` });
 const found = await rerank({ model: cohere.reranking(model), query, documents, topN: n });
 console.log(JSON.stringify(found.ranking.map(r => [r.originalIndex, r.score])));
 """))
-# n8n's reranker is this class; its own node has no field for an address
-client("n8n's class, @langchain/cohere", "npm:@langchain/cohere")(_npm("""
+# With the client that it brings. n8n's reranker is this class; its node has no field for an address.
+client("LangChain.js, CohereRerank", "npm:@langchain/cohere")(_npm("""
+import { createRequire } from "node:module";
 import { CohereRerank } from "@langchain/cohere";
-import { CohereClient } from "cohere-ai";
 const { address, model, query, documents, n } = JSON.parse(process.argv[1]);
+const { CohereClient } = createRequire(import.meta.resolve("@langchain/cohere"))("cohere-ai");
 const reranker = new CohereRerank({ model, topN: n, client: new CohereClient({ token: "key", environment: address }) });
 const found = await reranker.rerank(documents, query);
 console.log(JSON.stringify(found.map(r => [r.index, r.relevanceScore])));
