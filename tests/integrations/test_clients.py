@@ -180,6 +180,7 @@ def _langchain_cohere(address, n):
 
 
 def _langchain_infinity(address, n):
+    pytest.importorskip("infinity_client")
     from infinity_client.client import Client as Infinity
     from langchain_community.document_compressors import InfinityRerank
 
