@@ -460,7 +460,7 @@ struct Of {
 inline float logit_grid(long dim) {
   return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f));
 }
-constexpr long kAhead = 4;  // rows
+constexpr long kAhead = 4;  // rows that are asked for before the one that is read
 constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f, kLog2E = 1.44269504f;
 static_assert(double(Of<Format::kGrid>::kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -352,28 +353,32 @@ class Reranker(CrossEncoderFace):
             raise ValueError(f"max_batch_tokens is {budget!r}, expected an integer of at least 1")
         results: dict[int, Scored] = {}
         unfinished: dict[int, EncodedRequest] = {}
-        hidden: dict[int, list[torch.Tensor]] = {}  # read rows, a block each, of unfinished requests
-        readings: list[tuple[list[int], _Reading]] = []  # of the last pass
-
         with Progress("reranking", "documents", progress, documents) as bar:
-            for group in _passes(_blocks_of(requests, unfinished), 1 if self.deterministic else budget):
-                layer_share = sum(len(block.doc_rows) for _, block in group) / self.config.num_layers
-                parts = self.read_rows([block for _, block in group], on_layer=partial(_advance, bar, layer_share))
-                for (number, _), part in zip(group, parts, strict=True):
-                    hidden.setdefault(number, []).append(part)
-                done = [n for n, r in unfinished.items() if r.blocks and len(hidden.get(n, ())) == len(r.blocks)]
-                launched = []
-                for together in [[n] for n in done] if self.deterministic else filter(None, [done]):
-                    own = [part for n in together for part in hidden.pop(n)]
-                    launched.append((together, self._launch_readout([unfinished.pop(n) for n in together], own)))
-                for together, reading in readings:
-                    results.update(zip(together, self._read(reading), strict=True))
-                readings = launched
-            for together, reading in readings:
-                results.update(zip(together, self._read(reading), strict=True))
+            passes = self._launched(requests, unfinished, budget, bar)
+            for readings, _ in pairwise(chain(passes, [[]])):  # the next is launched before this one is read
+                for numbers, reading in readings:
+                    results.update(zip(numbers, self._read(reading), strict=True))
         for number in unfinished:  # requests without documents
             results[number] = Scored(np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
         return [results[number] for number in sorted(results)]
+
+    def _launched(
+        self, requests: Iterable[EncodedRequest], unfinished: dict[int, EncodedRequest], budget: int, bar: Progress
+    ) -> Iterator[list[tuple[list[int], _Reading]]]:
+        """Pass by pass, the numbers of the requests that it completes, and their readouts. unfinished: is filled with
+        requests as they are drawn; those without documents stay in it."""
+        hidden: dict[int, list[torch.Tensor]] = {}  # read rows, a block each, of unfinished requests
+        for group in _passes(_blocks_of(requests, unfinished), 1 if self.deterministic else budget):
+            layer_share = sum(len(block.doc_rows) for _, block in group) / self.config.num_layers
+            parts = self.read_rows([block for _, block in group], on_layer=partial(_advance, bar, layer_share))
+            for (number, _), part in zip(group, parts, strict=True):
+                hidden.setdefault(number, []).append(part)
+            done = [n for n, r in unfinished.items() if r.blocks and len(hidden.get(n, ())) == len(r.blocks)]
+            readings = []
+            for together in [[n] for n in done] if self.deterministic else filter(None, [done]):
+                own = [part for n in together for part in hidden.pop(n)]
+                readings.append((together, self._launch_readout([unfinished.pop(n) for n in together], own)))
+            yield readings
 
     def read_rows(
         self, blocks: Sequence[EncodedBlock], on_layer: Callable[[int], None] | None = None

@@ -180,7 +180,8 @@ def evaluate_ranking(dataset: BeirDataset, ranking: Ranking) -> tuple[dict[str, 
     measures = {}
     for name in METRICS:
         kind, _, cut = name.partition("@")  # `parse_measure` of 0.4.3 wants `ast.Num`, gone in Python 3.14
-        measures[getattr(ir_measures, kind) @ int(cut) if cut else getattr(ir_measures, kind)] = name
+        measure = getattr(ir_measures, kind)
+        measures[measure @ int(cut) if cut else measure] = name
     qrels = [ir_measures.Qrel(q, d, gain) for q, gains in dataset.qrels.items() for d, gain in gains.items()]
     # By place, not by score: equal scores keep the order they were given.
     run = [ir_measures.ScoredDoc(q, d, -place) for q, names in ranking.items() for place, d in enumerate(names)]

@@ -303,16 +303,28 @@ for _name, _package, _make in (
     client(f"Haystack, {_name}", _package)(_haystack(_make))
 
 
-def _npm(script):
+def _elsewhere(command, script, folder=None, **settings):
+    """A script in another environment, in its folder or one that is gone afterwards: values in, rows out, as JSON."""
+
     def rank(address, n):
         values = json.dumps({"address": address, "model": MODEL, "query": QUERY, "documents": DOCUMENTS, "n": n})
-        done = subprocess.run(
-            ["node", "--input-type=module", "-e", script, values], cwd=NPM, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as own:
+            done = subprocess.run([*command, script, values], cwd=folder or own, capture_output=True, text=True,
+                                  timeout=300, env=os.environ | settings)  # fmt: skip
         assert done.returncode == 0, done.stderr
-        return [tuple(row) for row in json.loads(done.stdout)]
+        return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
 
     return rank
+
+
+def _npm(script):
+    return _elsewhere(("node", "--input-type=module", "-e"), script, NPM)
+
+
+def _apart(name, function, **settings):
+    """A program that pins what the others can't run beside: `rank`, defined in its environment."""
+    script = f"import json, sys\n{function}\nprint(json.dumps(rank(**json.loads(sys.argv[1]))))"
+    return _elsewhere((str(APART / name / "bin" / "python"), "-c"), script, **settings)
 
 
 client("cohere-ai", "npm:cohere-ai")(_npm("""
@@ -340,21 +352,6 @@ const reranker = new CohereRerank({ model, topN: n, client: new CohereClient({ t
 const found = await reranker.rerank(documents, query);
 console.log(JSON.stringify(found.map(r => [r.index, r.relevanceScore])));
 """))
-
-
-def _apart(name, script, **settings):
-    """A program that pins what the others can't run beside: in its environment and in a folder of its own."""
-
-    def rank(address, n):
-        values = json.dumps({"address": address, "model": MODEL, "query": QUERY, "documents": DOCUMENTS, "n": n})
-        script_of = f"import json, sys\nvalues = json.loads(sys.argv[1])\n{script}\nprint(json.dumps(rank(**values)))"
-        with tempfile.TemporaryDirectory() as kept:
-            done = subprocess.run([APART / name / "bin" / "python", "-c", script_of, values], cwd=kept, text=True,
-                                  capture_output=True, timeout=300, env=os.environ | settings)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return [tuple(row) for row in json.loads(done.stdout.splitlines()[-1])]
-
-    return rank
 
 
 client("Open WebUI, ExternalReranker", "apart:open-webui")(_apart("open-webui", """
@@ -418,8 +415,8 @@ def _version(package):
         return json.loads(path.read_text())["version"] if path.is_file() and shutil.which("node") else None
     if package.startswith("apart:"):
         name = package.removeprefix("apart:")
-        found = sorted((APART / name).glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info"))
-        return found[0].name.removesuffix(".dist-info").rpartition("-")[2] if found else None
+        folders = [str(folder) for folder in (APART / name).glob("lib/python*/site-packages")]
+        return next((found.version for found in metadata.distributions(name=name, path=folders)), None)
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return None
