@@ -67,10 +67,10 @@ struct RowStorage {
   }
   char* row(long r) const { return first + r / kTileRows * next + r % kTileRows * kStepBytes; }
   RowView at(long r) const { return {first + r / kTileRows * next, kStepBytes, next, step, kTileBytes}; }
-  // Rows of a block, of which there are `rows` in all: at most a megabyte and a quarter or so, which stay in L2 over the
-  // panels that pass by.
+  // Rows of a block, of which there are `rows` in all: at most 640 KiB or so, which stay in L2 beside the panels that pass
+  // by and the sums that leave.
   long block_rows(long rows) const {
-    const long most = std::max(1l, (5l << 18) / (2 * next)) * kPairRows, all = std::max(1l, rows);
+    const long most = std::max(2l, (5l << 17) / (2 * next)) * kPairRows, all = std::max(1l, rows);
     return ceil_div(ceil_div(all, ceil_div(all, most)), kPairRows) * kPairRows;
   }
 
@@ -118,12 +118,20 @@ struct TileShape {
 // Registers have to be literals.
 #define LASTRERANK_MULTIPLY(sums, rows, columns) \
   if constexpr (kIntegers) { \
-    _tile_dpbusd(sums, rows, columns); \
+    _tile_dpbssd(sums, rows, columns); \
   } else { \
     _tile_dpbf16ps(sums, rows, columns); \
   }
 
-// c[16 kTiles, kPanel] (+)= a @ panel, in fp32 of bf16 numbers or in integers of 8 bits (a unsigned, the panel signed).
+// Integers pass by a panel that stays in L1 for them all: they are loaded as what won't be needed again.
+#define LASTRERANK_LOAD_ROWS(number, rows, stride) \
+  if constexpr (kIntegers) { \
+    _tile_stream_loadd(number, rows, stride); \
+  } else { \
+    _tile_loadd(number, rows, stride); \
+  }
+
+// c[16 kTiles, kPanel] (+)= a @ panel, in fp32 of bf16 numbers or in integers of 8 bits, signed.
 // Registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns, each loaded right before it is first multiplied. Structures by
 // reference: one by value, read in one piece, would wait until the sums of the product before are in the cache.
 template <bool kIntegers, int kTiles, int kParts>
@@ -149,13 +157,13 @@ LASTRERANK_TILE void multiply_tiles(const RowView& a, const char* panel, long st
     const char *rows = a.data + s * a.step, *columns = panel + s * 2 * kTileBytes;
     for (long i = 0; i < lines; ++i, ahead += kStepBytes) __builtin_prefetch(ahead, 0, 2);
     for (int i = 0; i < kParts; ++i, rows += a.part) {
-      _tile_loadd(4, rows, a.row);
+      LASTRERANK_LOAD_ROWS(4, rows, a.row)
       if (i == 0) _tile_loadd(6, columns, 2 * kStepBytes);
       LASTRERANK_MULTIPLY(0, 4, 6)
       if (i == 0) _tile_loadd(7, columns + kStepBytes, 2 * kStepBytes);
       LASTRERANK_MULTIPLY(1, 4, 7)
       if constexpr (kTiles == 2) {
-        _tile_loadd(5, rows + a.next, a.row);
+        LASTRERANK_LOAD_ROWS(5, rows + a.next, a.row)
         LASTRERANK_MULTIPLY(2, 5, 6)
         LASTRERANK_MULTIPLY(3, 5, 7)
       }
@@ -170,6 +178,7 @@ LASTRERANK_TILE void multiply_tiles(const RowView& a, const char* panel, long st
 }
 
 #undef LASTRERANK_MULTIPLY
+#undef LASTRERANK_LOAD_ROWS
 
 #else
 
@@ -195,26 +204,24 @@ inline void product_bf16(const RowView& a, long rows, const void* panel, long st
   for (long r = 0; r < rows; ++r) std::memcpy(c + r * ldc, whole[r], columns * sizeof(float));
 }
 
-// The same of integers around kZero, as `tile_i8`.
+// The same of integers, as `tile_i8`.
 inline void product_i8(const RowView& a, long rows, const float* row_scales, const void* panel, long steps,
-                       const float* scales, const int32_t* sums, const float* bias, float* c, long ldc, long columns,
+                       const float* scales, const float* bias, float* c, long ldc, long columns,
                        const Fetch& fetch) {
   int32_t whole[kPairRows][kPanel];
   const auto product = rows > kTileRows ? multiply_tiles<true, 2, 1> : multiply_tiles<true, 1, 1>;
   product(a, static_cast<const char*>(panel), steps, whole, sizeof whole[0], false, fetch);
-  float own_scales[kPanel] = {}, shift[kPanel] = {};
-  int32_t zeros[kPanel] = {};
-  for (long j = 0; j < columns; ++j) {
-    own_scales[j] = scales[j];
-    zeros[j] = kZero * sums[j];
-    if (bias != nullptr) shift[j] = bias[j];
+  Vec scale[2], shift[2];
+  for (int half = 0; half < 2; ++half) {
+    scale[half] = load_some(scales, half * kLanes, columns);
+    shift[half] = bias == nullptr ? Vec{} : load_some(bias, half * kLanes, columns);
   }
   for (long r = 0; r < rows; ++r) {
     float row[kPanel];
     float* target = columns == kPanel ? c + r * ldc : row;
-    for (long j = 0; j < kPanel; j += kLanes) {
-      const IVec value = bits<IVec>(load_words(whole[r] + j)) - bits<IVec>(load_words(zeros + j));
-      store(target + j, __builtin_convertvector(value, Vec) * (load(own_scales + j) * row_scales[r]) + load(shift + j));
+    for (int half = 0; half < 2; ++half) {
+      const IVec value = bits<IVec>(load_words(whole[r] + half * kLanes));
+      store(target + half * kLanes, __builtin_convertvector(value, Vec) * (scale[half] * row_scales[r]) + shift[half]);
     }
     if (target == row) std::memcpy(c + r * ldc, row, columns * sizeof(float));
   }

@@ -281,15 +281,14 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
   uint8_t* q = quantized.get();
   float* rs = row_scales.get();
   parallel_for(threads, ceil_div(m, 16), [=](long task) {
-    std::vector<uint8_t> own(kAmx ? width : 0);
-    std::vector<float> rotated(k);
+    std::vector<float> rotated(width);  // zeros beyond k, which meet zero weights
     for (long r = task * 16; r < std::min(m, task * 16 + 16); ++r) {
-      uint8_t* row = kAmx ? own.data() : q + r * width;
-      rotate(x + r * ldx, k, rotated.data());
-      rs[r] = quantize(rotated.data(), k, magnitude(rotated.data(), k), 127.0f, kZero, row);
-      std::memset(row + k, kZero, width - k);  // meets zero weights
-      if constexpr (kAmx)
-        for (long s = 0; s < steps; ++s) std::memcpy(rows->row(r) + s * kTileBytes, row + s * kStepBytes, kStepBytes);
+      const float largest = rotate(x + r * ldx, k, rotated.data());
+      if constexpr (kAmx) {
+        rs[r] = quantize(rotated.data(), width, largest, 127.0f, 0, rows->row(r), kStepBytes, kTileBytes);
+      } else {
+        rs[r] = quantize(rotated.data(), width, largest, 127.0f, kZero, q + r * width);
+      }
     }
   });
   const long block_rows = kAmx ? tiled.block_rows(m) : 24 * kRowsI8;
@@ -304,8 +303,8 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
       float* target = c + (p - first) * kPanel;
       if constexpr (kAmx) {
         for (long r = row; r < end; r += kPairRows)
-          product_i8(rows->at(r), std::min(kPairRows, end - r), rs + r, panel, steps, scales + column, sums + column,
-                     shift, target + (r - row) * ldc, ldc, columns,
+          product_i8(rows->at(r), std::min(kPairRows, end - r), rs + r, panel, steps, scales + column, shift,
+                     target + (r - row) * ldc, ldc, columns,
                      p + 1 < last ? share_of(next, steps, (r - row) / kPairRows, products) : kNothing);
       } else {
         in_tiles<kRowsI8>(row, end, [&](auto some, long r) {

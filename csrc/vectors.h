@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -46,6 +47,13 @@ inline void prefetch(const float* p, long n) {
 }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+// The numbers from `at` of the n at p, zeros beyond.
+inline Vec load_some(const float* p, long at, long n) {
+  if (at + kLanes <= n) return load(p + at);
+  float some[kLanes] = {};
+  for (long i = at; i < n; ++i) some[i - at] = p[i];
+  return load(some);
+}
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
 constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
@@ -156,6 +164,29 @@ inline Vec widened(Bf16Vec x) { return bits<Vec>(__builtin_convertvector(x, UVec
 inline void store_bf16(uint16_t* p, Vec x) { *reinterpret_cast<Bf16Vec*>(p) = to_bf16(x); }
 inline Vec rounded_to_bf16(Vec x) { return widened(to_bf16(x)); }
 
+// ---- magnitude ----------------------------------------------------------------------------------------------------
+
+constexpr uint32_t kSign = 0x80000000;
+
+// The largest |x| of vectors, at least 1e-30, of which the inverse is still a number; NaN if one is not finite.
+struct Magnitude {
+  LASTRERANK_INLINE void add(Vec v) {
+    zeros += v * 0.0f;  // NaN where v is not finite
+    top = larger(bits<Vec>(bits<UVec>(v) & ~kSign), top);
+  }
+  float largest() const { return sum(zeros) == 0.0f ? std::max(1e-30f, lastrerank::largest(top)) : NAN; }
+
+  Vec top{}, zeros{};
+};
+
+inline float magnitude(const float* x, long n) {
+  Magnitude all;
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes) all.add(load(x + i));
+  if (i < n) all.add(load_some(x, i, n));
+  return all.largest();
+}
+
 // ---- rotation -----------------------------------------------------------------------------------------------------
 
 template <int kStep, int... I>
@@ -182,11 +213,12 @@ LASTRERANK_INLINE Vec butterfly(Vec v) {
 inline long rotated_block(long n) { return std::min<long>(64, n & -n); }
 
 // Each block of x times the Walsh-Hadamard matrix of its size, an orthogonal one that is its own inverse: what stands
-// out in a block is shared among all its numbers. out may be x.
-inline void rotate(const float* x, long n, float* out) {
+// out in a block is shared among all its numbers. out may be x. Returns the magnitude of what was written.
+inline float rotate(const float* x, long n, float* out) {
   const long block = rotated_block(n);
   if (block == 64) {
     constexpr int vectors = 64 / kLanes;
+    Magnitude all;
     for (long at = 0; at < n; at += 64) {
       Vec v[vectors];
 #pragma GCC unroll 16
@@ -205,9 +237,12 @@ inline void rotate(const float* x, long n, float* out) {
             v[i | step] = a - b;
           }
 #pragma GCC unroll 16
-      for (int i = 0; i < vectors; ++i) store(out + at + i * kLanes, v[i]);
+      for (int i = 0; i < vectors; ++i) {
+        store(out + at + i * kLanes, v[i]);
+        all.add(v[i]);
+      }
     }
-    return;
+    return all.largest();
   }
   const float root = 1.0f / std::sqrt(static_cast<float>(block));
   for (long i = 0; i < n; ++i) out[i] = x[i] * root;
@@ -218,47 +253,40 @@ inline void rotate(const float* x, long n, float* out) {
         out[i] = a + b;
         out[i + step] = a - b;
       }
+  return magnitude(out, n);
 }
 
 // ---- integers -----------------------------------------------------------------------------------------------------
 
-// The largest |x|, at least 1e-30, of which the inverse is still a number; NaN if x is not finite somewhere.
-inline float magnitude(const float* x, long n) {
-  Vec top{}, zeros{};  // x * 0 is NaN where x is not finite
-  long i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec v = load(x + i), size = v < 0.0f ? -v : v;
-    zeros += v * 0.0f;
-    top = size > top ? size : top;
-  }
-  float largest = 1e-30f, zero = sum(zeros);
-  for (int j = 0; j < kLanes; ++j) largest = std::max(largest, top[j]);
-  for (; i < n; ++i) {
-    largest = std::max(largest, std::fabs(x[i]));
-    zero += x[i] * 0.0f;
-  }
-  return zero == 0.0f ? largest : NAN;
-}
-
-// x on a symmetric grid of `grid` steps to either side of `zero`, the outermost at `largest`, its magnitude; returns
-// the step. A row that is not finite must not turn into numbers: its step is NaN, and so becomes what is made of it.
+// n numbers on a symmetric grid around `zero`, `inverse` steps of which are 1.
 template <typename Integer>
-inline float quantize(const float* x, long n, float largest, float grid, int zero, Integer* out) {
+inline void to_grid(const float* x, long n, float inverse, int zero, Integer* out) {
   typedef Integer Short __attribute__((vector_size(kLanes * sizeof(Integer)), aligned(1)));
-  if (largest != largest) {
-    std::fill(out, out + n, static_cast<Integer>(zero));
-    return NAN;
-  }
-  const float inverse = grid / largest;
   long i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const Vec v = load(x + i) * inverse;
-    const IVec q = __builtin_convertvector(v + (v < 0.0f ? splat(-0.5f) : splat(0.5f)), IVec) + zero;
-    *reinterpret_cast<Short*>(out + i) = __builtin_convertvector(q, Short);
+    const Vec v = load(x + i) * inverse, half = bits<Vec>((bits<UVec>(v) & kSign) | bits<UVec>(splat(0.5f)));
+    *reinterpret_cast<Short*>(out + i) = __builtin_convertvector(__builtin_convertvector(v + half, IVec) + zero, Short);
   }
   for (; i < n; ++i) {
     const float v = x[i] * inverse;
     out[i] = static_cast<Integer>(static_cast<int>(v + (v < 0 ? -0.5f : 0.5f)) + zero);
+  }
+}
+
+// x on a symmetric grid of `grid` steps to either side of `zero`, the outermost at `largest`, its magnitude; returns
+// the step. A row that is not finite must not turn into numbers: its step is NaN, and so becomes what is made of it.
+// Blocks of `block` numbers are `stride` apart in `out`.
+template <typename Integer>
+inline float quantize(const float* x, long n, float largest, float grid, int zero, Integer* out,
+                      long block = LONG_MAX, long stride = 0) {
+  const bool finite = largest == largest;
+  for (long at = 0, some; at < n; at += some, out += stride) {
+    some = std::min(block, n - at);
+    if (finite) {
+      to_grid(x + at, some, grid / largest, zero, out);
+    } else {
+      std::fill(out, out + some, static_cast<Integer>(zero));
+    }
   }
   return largest / grid;
 }

@@ -147,13 +147,13 @@ inline void tile_dpbf16ps(int sums, int rows, int columns) {
       std::memcpy(tile(sums).bytes[m] + 4 * n, &sum, 4);
     }
 }
-inline void tile_dpbusd(int sums, int rows, int columns) {
+inline void tile_dpbssd(int sums, int rows, int columns) {
   for (int m = 0; m < 16; ++m)
     for (int n = 0; n < 16; ++n) {
       int32_t sum;
       std::memcpy(&sum, tile(sums).bytes[m] + 4 * n, 4);
       for (int k = 0; k < 64; ++k)
-        sum += static_cast<uint8_t>(tile(rows).bytes[m][k]) *
+        sum += static_cast<int8_t>(tile(rows).bytes[m][k]) *
                static_cast<int8_t>(tile(columns).bytes[k / 4][4 * n + k % 4]);
       std::memcpy(tile(sums).bytes[m] + 4 * n, &sum, 4);
     }
@@ -183,5 +183,7 @@ inline void tile_dpbusd(int sums, int rows, int columns) {
 #define _tile_stored stand_in::tile_stored
 #undef _tile_dpbf16ps
 #define _tile_dpbf16ps stand_in::tile_dpbf16ps
-#undef _tile_dpbusd
-#define _tile_dpbusd stand_in::tile_dpbusd
+#undef _tile_stream_loadd
+#define _tile_stream_loadd stand_in::tile_loadd
+#undef _tile_dpbssd
+#define _tile_dpbssd stand_in::tile_dpbssd
