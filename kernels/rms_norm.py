@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of one program: enough 16-byte loads in flight for a row of 1024, few enough to stay in registers.
-_TILE = 4096
+# Elements of a warp, 64 a thread: few enough to stay in registers. Up to this width warps don't share a row and needn't
+# wait for each other over its sum: no barrier, a quarter fewer instructions for a row of 1024 than by four warps.
+_WARP_ELEMENTS = 2048
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -102,11 +103,11 @@ def _launch(
     out = torch.empty(x.shape, dtype=torch.float8_e4m3fn if quantize else x.dtype, device=x.device)
     scale = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device) if quantize else out
     block = triton.next_power_of_2(width)
-    rows = max(1, _TILE // block)
+    rows = max(1, _WARP_ELEMENTS // block)
     _rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         x, x if residual is None else residual, x if weight is None else weight, out, scale,
         x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         num_rows, width, eps, HAS_RESIDUAL=residual is not None, HAS_NORM=weight is not None, QUANTIZE=quantize,
-        ROWS=rows, BLOCK=block, num_warps=4,
+        ROWS=rows, BLOCK=block, num_warps=max(1, block // _WARP_ELEMENTS),
     )  # fmt: skip
     return out, scale

@@ -57,6 +57,13 @@ def test_shared_memory_fits(report):
     assert all(row["occupancy"] > 0 for row in rows)
 
 
+def test_warps_of_a_norm_share_no_row(rows):
+    """Those of 1,024 that are compiled here: a sum over several warps would go through shared memory and wait."""
+    norms = [row for row in rows if row["kernel"] == "_rms_norm_kernel"]
+    assert {row["chip"] for row in norms} == set(MATRIX)
+    assert [row for row in norms if row["shared_bytes"] or row["warps"] != 1] == []
+
+
 def test_attention_on_hopper_is_not_serialised_and_hides_its_exponentials(rows):
     """Half of a step's exponentials run under the product of the other half; ptxas adds no wait of its own. Where warps
     have roles, none of their own products hides them: those of the other warpgroup do."""
