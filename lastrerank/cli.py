@@ -347,7 +347,7 @@ def serve(
         api_key=os.environ.get("LASTRERANK_API_KEY", "").strip() or None, allow_origins=allow_origin or (),
         drain_seconds=drain_timeout,
     )  # fmt: skip
-    entry = {"message": "ready", "model": names, "address": listen.address(bound),
+    entry = {"message": "ready", "model": names, "address": listen.address(bound, has_tls=ssl_certfile is not None),
              "seconds": round(time.perf_counter() - started, 2)}  # fmt: skip
     print(json.dumps(entry), file=sys.stderr, flush=True)
     listen.serve(

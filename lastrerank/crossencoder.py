@@ -40,6 +40,7 @@ class CrossEncoderFace:
         documents: Sequence[str],
         top_k: int | None = None,
         return_documents: bool = False,
+        *,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         **options: Any,
@@ -59,16 +60,18 @@ class CrossEncoderFace:
 
     def predict(
         self,
-        pairs: Sequence[Sequence[str]],
+        inputs: Sequence[Sequence[str]] | None = None,
+        *,
+        sentences: Sequence[Sequence[str]] | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
-        *,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         **options: Any,
     ) -> Any:
         """As `CrossEncoder.predict`: fp32 score of each (query, document) pair, in the caller's order: an array, with
-        convert_to_tensor a tensor, with neither a list of tensors, for a single pair one number.
+        convert_to_tensor a tensor, with neither a list of tensors, for a single pair one number. Its releases before
+        6 call `inputs` `sentences`.
 
         Pairs of one query are scored as one list, in their order: a listwise score depends on its company, and what
         judges one document at a time shares its prompt.
@@ -76,18 +79,21 @@ class CrossEncoderFace:
         or their sigmoid where activation_fn is one. Of its other options those are refused that would change a score.
         """
         score = _score_wanted(options, self.family)
+        if (inputs is None) == (sentences is None):
+            raise TypeError("expected one of inputs and sentences: a list of (query, document) pairs")
+        pairs: Any = sentences if inputs is None else inputs
         if hasattr(pairs, "tolist"):
             pairs = pairs.tolist()
         if isinstance(pairs, str) or not isinstance(pairs, Sequence):
-            raise TypeError(f"pairs is a {type(pairs).__name__}, expected a list of (query, document) pairs")
+            raise TypeError(f"inputs is a {type(pairs).__name__}, expected a list of (query, document) pairs")
         single = len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
-        pairs = [pairs] if single else pairs  # type: ignore[list-item]
+        pairs = [pairs] if single else pairs
         groups: dict[str, list[int]] = {}
         for position, pair in enumerate(pairs):
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-                raise ValueError(f"pairs[{position}] is {pair!r:.80}, expected (query, document)")
+                raise ValueError(f"inputs[{position}] is {pair!r:.80}, expected (query, document)")
             if not isinstance(pair[0], str):
-                raise TypeError(f"pairs[{position}][0] is a {type(pair[0]).__name__}, expected a string")
+                raise TypeError(f"inputs[{position}][0] is a {type(pair[0]).__name__}, expected a string")
             groups.setdefault(pair[0], []).append(position)
         requests = [RerankRequest(query, [pairs[i][1] for i in members]) for query, members in groups.items()]
         scores = np.empty(len(pairs), np.float32)

@@ -24,6 +24,8 @@ _BINARY = (
     (b"%PDF-", "a PDF: convert it first (pdftotext)"),
     (b"PK\x03\x04", "a ZIP or an office document: save it as text"),
     (b"\xd0\xcf\x11\xe0", "an office document: save it as text"),
+    (b"{\\rtf", "an RTF document: save it as text"),
+    (b"\x89PNG", "an image"), (b"\xff\xd8\xff", "an image"), (b"GIF8", "an image"),
 )
 
 
@@ -74,7 +76,9 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         if not files:
             raise ValueError(f"{path}: a folder without files")
         for entry in files:
-            yield from _path(entry, column)
+            for name, document in _path(entry, column):
+                # Of files with one name each under its own: the path in the folder.
+                yield str(entry.relative_to(path)) if name == entry.name else name, document
         return
     data, suffix = _unpacked(path)
     text = _decoded(data, str(path))

@@ -164,6 +164,8 @@ REFUSED = {
     "a.json": (b'{"text": "x"}', "expected an array of documents"),
     "b.json": (b"[1]", r"b.json[0]: expected a string or an object"),
     "c.json": (b'[{"text": "x", "n": NaN}]', "NaN is no JSON"),
+    "a.rtf": (b"{\\rtf1 page}", "an RTF document"),
+    "a.png": (b"\x89PNG\r\n\x1a\n\0", "an image"),
     "a.csv": (b"id,body\n1,x\n", "name one of ['id', 'body'] with --column"),
     "b.jsonl": (b'"x"\n{"txt": 1}\n', "b.jsonl:2: expected a string or an object"),
     "a.txt.gz": (b"no gzip", "can't be read"),
@@ -195,8 +197,11 @@ def test_folders_and_standard_input(run, tmp_path):
     (tmp_path / "folder" / "b.txt").write_text("one")
     (tmp_path / "folder" / "deeper" / "a.jsonl").write_text('"two"\n"three"\n')
     (tmp_path / "folder" / ".hidden").write_bytes(b"\0")
+    (tmp_path / "folder" / "deeper" / "b.txt").write_text("five")
     done = run("rerank", "a query", "folder", "-", "--json", stdin="four\n")
-    assert done.returncode == 0 and len(json.loads(done.stdout)["results"]) == 4, done.stderr
+    assert done.returncode == 0, done.stderr
+    names = {result["name"] for result in json.loads(done.stdout)["results"]}
+    assert len(names) == 5 and {"b.txt", "deeper/b.txt"} < names  # files of one name stay apart
     (tmp_path / "empty").mkdir()
     done = run("rerank", "a query", "empty")
     assert done.returncode == 2 and "a folder without files" in done.stderr

@@ -249,7 +249,7 @@ def test_bad_requests_and_pairs(small_reranker):
         small_reranker.rerank_many([{"query": "q", "documents": []}, {"query": "q", "docs": []}])
     with pytest.raises(TypeError, match=r"requests is a dict"):
         small_reranker.rerank_many({"query": "q", "documents": []})
-    with pytest.raises(ValueError, match=r"pairs\[0\] is 'ab'"):
+    with pytest.raises(ValueError, match=r"inputs\[0\] is 'ab'"):
         small_reranker.predict(["ab"])
     with pytest.raises(ValueError, match="max_batch_tokens is 0"):
         small_reranker.rerank_many([{"query": "q", "documents": ["a"]}], max_batch_tokens=0)
@@ -364,6 +364,12 @@ def test_as_a_cross_encoder(small_reranker):
     assert [float(x) for x in small_reranker.predict(pairs, convert_to_numpy=False)] == scores.tolist()
     assert float(small_reranker.predict(pairs[0])) == pytest.approx(float(small_reranker.predict(pairs[:1])[0]))
     assert small_reranker.predict(np.array(pairs)).tolist() == scores.tolist()
+    for name in ("inputs", "sentences"):  # as sentence-transformers calls them, today and before 6
+        assert small_reranker.predict(**{name: pairs}).tolist() == scores.tolist()
+    with pytest.raises(TypeError, match="one of inputs and sentences"):
+        small_reranker.predict()
+    with pytest.raises(TypeError, match="positional"):  # its own come in another order
+        small_reranker.rank("q", ["one"], None, False, "web")
     assert len(small_reranker.rank("q", ["one", "two"], top_k=1, batch_size=8)) == 1
     for option in ({"prompt_name": "web"}, {"apply_softmax": True}, {"activation_fn": torch.nn.Sigmoid()}):
         with pytest.raises(ValueError, match="would change the scores"):

@@ -102,8 +102,11 @@ def test_options(client, small_reranker, documents):
     short = client.post("/v2/rerank", {"query": QUERY, "documents": sent, "max_tokens_per_doc": 9}).json()
     expected = small_reranker.rerank(QUERY, sent, max_doc_length=9)
     assert [r["index"] for r in short["results"]] == [r["index"] for r in expected]
-    clamped = client.post("/rerank", {"query": QUERY, "documents": sent, "top_n": 99})
-    assert len(clamped.json()["results"]) == 3
+    for path, top_n in (("/rerank", 99), ("/rerank", 0), ("/v1/rerank", 0)):  # 0 is all to vLLM's clients
+        answer = client.post(path, {"query": QUERY, "documents": sent, "top_n": top_n}).json()
+        assert len(answer["results"]) == 3
+    versions = [client.post(f"/{v}/rerank", {"query": QUERY, "documents": sent}).json()["meta"] for v in ("v1", "v2")]
+    assert [meta["api_version"]["version"] for meta in versions] == ["1", "2"]
 
 
 def test_score(client, small_reranker, documents):
@@ -122,7 +125,8 @@ def test_score(client, small_reranker, documents):
     ("change", "status", "param"),
     [
         ({"documents": []}, 400, "documents"),
-        ({"top_n": 0}, 422, "top_n"),
+        ({"top_n": -1}, 422, "top_n"),
+        ({"top_k": 0}, 422, "top_k"),
         ({"top_n": "3"}, 422, "top_n"),
         ({"query": 5}, 422, "query"),
         ({"query": ""}, 422, "query"),

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from bench.serving import serving
+from lastrerank.server import listen
 
 QUERY = "how do I print"
 
@@ -363,3 +364,30 @@ def test_a_taken_port_shows_before_a_model_is_loaded():
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
     assert done.returncode == 2 and f"port {port}" in done.stderr and "nowhere" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
+def test_a_unix_socket_goes_with_its_server(tmp_path):
+    path = tmp_path / "socket"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lastrerank", "serve", "--uds", str(path)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert json.loads(next(line for line in process.stderr if '"ready"' in line))["address"] == str(path)
+        with socket.socket(socket.AF_UNIX) as client:
+            deadline = time.monotonic() + 60
+            while client.connect_ex(str(path)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert not path.exists()
+    finally:
+        process.kill()
+
+
+def test_a_ready_line_names_the_scheme():
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        assert listen.address(bound).startswith("http://127.0.0.1:")
+        assert listen.address(bound, has_tls=True).startswith("https://127.0.0.1:")

@@ -8,13 +8,13 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from typing import Any
 
 from lastrerank.evaluation.beir import BeirDataset
-from lastrerank.evaluation.contenders import Contender
-from lastrerank.evaluation.report import first_stage, pyplot, rerank_and_score
+from lastrerank.evaluation.contenders import PEERS, Contender
+from lastrerank.evaluation.report import GREYS, SHADES, first_stage, pyplot, rerank_and_score
 from lastrerank.evaluation.run import Ranking
 from lastrerank.kept import read_records, write_file
 
@@ -122,11 +122,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
     places = list(dict.fromkeys((row["dataset"], row["ranking"]) for row in rows if row["ranking"]))
     figure, axes = plt.subplots(figsize=(3 + 1.6 * len(places), 4), layout="constrained")
     width = 0.8 / len(models)
+    # Ours strong, other libraries' and the first stage grey, as in every plot of this project.
+    shades, greys = cycle(SHADES), cycle(GREYS)
+    colors = {model: next(greys if model.partition(":")[0] in ("first stage", *PEERS) else shades) for model in models}
     for m, model in enumerate(models):
         own = {(row["dataset"], row["ranking"]): row["nDCG@10"] for row in rows if row["model"] == model}
         values = [own.get(place, own.get((place[0], ""), 0.0)) for place in places]
         at = [p + (m - (len(models) - 1) / 2) * width for p in range(len(places))]
-        axes.bar(at, values, width, label=model, color=plt.colormaps["tab10"](m % 10))
+        axes.bar(at, values, width, label=model, color=colors[model])
     axes.set_xticks(range(len(places)), [f"{dataset}\n{ranking}" for dataset, ranking in places])
     axes.set_ylabel("nDCG@10")
     s = report["settings"]

@@ -143,8 +143,8 @@ def pyplot() -> Any:
     return plt
 
 
-# Of orders beside each other; the first stage is grey.
-SHADES = ("#14507a", "#5b9bc4", "#d1495b", "#9cc3dc")
+# What is ours beside each other, and what isn't.
+SHADES, GREYS = ("#14507a", "#5b9bc4", "#d1495b", "#9cc3dc"), ("#b9c1c7", "#7d8890", "#98a2a9", "#5c6770")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -157,7 +157,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for r, ranking in enumerate(rankings):
         own = {row["dataset"]: row["nDCG@10"] for row in rows if row["ranking"] == ranking}
         places = [d + (r - (len(rankings) - 1) / 2) * width for d in range(len(datasets))]
-        shade = "#b9c1c7" if ranking == "first stage" else SHADES[(r - 1) % len(SHADES)]
+        shade = GREYS[0] if ranking == "first stage" else SHADES[(r - 1) % len(SHADES)]
         axes.bar(places, [own[d] for d in datasets], width, label=ranking, color=shade)
     axes.set_xticks(range(len(datasets)), datasets, rotation=15)
     axes.set_ylabel("nDCG@10")

@@ -50,8 +50,11 @@ class LastrerankRanker:
 
     def to_dict(self) -> dict[str, Any]:
         """For a pipeline's file."""
+        arguments = dict(self.arguments)
+        if "dtype" in arguments:  # one of PyTorch's can't be written down
+            arguments["dtype"] = str(arguments["dtype"]).removeprefix("torch.")
         return default_to_dict(
-            self, model=self.model, top_k=self.top_k, instruction=self.instruction, **self.arguments
+            self, model=self.model, top_k=self.top_k, instruction=self.instruction, **arguments
         )
 
     @classmethod

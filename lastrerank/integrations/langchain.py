@@ -1,4 +1,4 @@
-"""LangChain: a document compressor; `pip install 'lastrerank[langchain]'`."""
+"""LangChain: a document compressor, and a cross-encoder for its own; `pip install 'lastrerank[langchain]'`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
+from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict
@@ -38,9 +39,7 @@ class LastrerankRerank(BaseDocumentCompressor):
         reranker: Reranker | None = None,
         **arguments: Any,
     ) -> None:
-        if (model is None) == (reranker is None) or (reranker is not None and arguments):
-            raise ValueError("expected a model with its arguments, or a loaded reranker")
-        loaded = reranker or Reranker.from_pretrained(str(model), **arguments)
+        loaded = _loaded(model, reranker, arguments)
         super().__init__(reranker=loaded, top_n=top_n, instruction=instruction)  # type: ignore[call-arg]
 
     @classmethod
@@ -67,3 +66,25 @@ class LastrerankRerank(BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """The same on a thread."""
         return await run_in_executor(None, self.compress_documents, documents, query, callbacks)
+
+
+class LastrerankCrossEncoder(BaseCrossEncoder):
+    """Scores pairs for what LangChain does with a cross-encoder, its `CrossEncoderReranker` for one.
+
+    Args:
+        model: folder, bundled name or Hub id; or a loaded `reranker`.
+        arguments: of `Reranker.from_pretrained`.
+    """
+
+    def __init__(self, model: str | None = None, *, reranker: Reranker | None = None, **arguments: Any) -> None:
+        self.reranker = _loaded(model, reranker, arguments)
+
+    def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
+        """A score for each (query, document), as `Reranker.predict` gives it: pairs of one query are one list."""
+        return self.reranker.predict(text_pairs).tolist() if text_pairs else []
+
+
+def _loaded(model: str | None, reranker: Reranker | None, arguments: dict[str, Any]) -> Reranker:
+    if (model is None) == (reranker is None) or (reranker is not None and arguments):
+        raise ValueError("expected a model with its arguments, or a loaded reranker")
+    return reranker or Reranker.from_pretrained(str(model), **arguments)

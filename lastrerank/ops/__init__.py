@@ -322,7 +322,10 @@ def select(
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"backend is {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-        return name, _made(name, device, dtype, config)
+        try:
+            return name, _made(name, device, dtype, config)
+        except RuntimeError as reason:
+            raise RuntimeError(f"backend {name!r}: {reason}") from reason
     reasons: dict[str, RuntimeError] = {}
     for candidate in BACKENDS:
         try:

@@ -131,7 +131,7 @@ def create_app(
     score = partial(dialects.read_score, most=most, doc_cap=doc_cap)
     ranking = partial(dialects.read_ranking, most=most)
     readers: dict[str, Reader] = {
-        "/v1/rerank": partial(rerank, documents_back=True),
+        "/v1/rerank": partial(rerank, documents_back=True, version="1"),
         "/v2/rerank": partial(rerank, documents_back=False),
         "/rerank": partial(rerank, documents_back=True, is_tei=True),
         "/infinity/rerank": partial(rerank, documents_back=False, is_infinity=True),
@@ -190,7 +190,7 @@ def create_app(
         return JSONResponse(as_model(name))
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(description(described, api_key is not None))
+        return JSONResponse(description(described, api_key is not None, request.scope.get("root_path", "")))
 
     def page(file: str, request: Request) -> Response:
         return HTMLResponse((_PAGES / file).read_text(encoding="utf-8"))

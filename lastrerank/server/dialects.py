@@ -132,11 +132,13 @@ _raw_texts, _objects = msgspec.json.Decoder(_RawDocuments), msgspec.json.Decoder
 
 
 def read_rerank(
-    content: bytes, most: int, doc_cap: int, *, documents_back: bool, is_tei: bool = False, is_infinity: bool = False
+    content: bytes, most: int, doc_cap: int, *, documents_back: bool, is_tei: bool = False, is_infinity: bool = False,
+    version: str = "2",
 ) -> Call:
     """A `RerankBody`. most: documents allowed. doc_cap: the model's own, in tokens. documents_back: whether documents
     come back unless it says otherwise. is_tei: this route answers `texts` with a bare list, as TEI does. is_infinity:
     it answers as Infinity does, which it also does where `raw_scores` stands, as Infinity's own clients always send it.
+    version: of Cohere's API, as its answers name it.
 
     Raises:
         BodyError: it can't be served.
@@ -168,7 +170,8 @@ def read_rerank(
     embeddings = bool(_flag(body, "return_embeddings"))
     bounds = [cap for cap in (_count(body, "max_tokens_per_doc"), _prompt_cap(body)) if cap is not None]
     caps = [_count(body, "max_doc_length"), *(cap for cap in bounds if cap < doc_cap)]
-    top_n, top_k = _count(body, "top_n"), None if body.top_k is UNSET else _count(body, "top_k")
+    # vLLM's clients send 0 for all.
+    top_n, top_k = _count(body, "top_n") if body.top_n else None, None if body.top_k is UNSET else _count(body, "top_k")
     request = RerankRequest(
         body.query, texts, top_n=top_n if top_k is None else top_k if top_n is None else min(top_n, top_k),
         return_embeddings=embeddings, max_doc_length=min((cap for cap in caps if cap is not None), default=None),
@@ -200,7 +203,8 @@ def read_rerank(
         tokens = sum(answer.encoded.num_tokens for answer in answers)
         answer = {
             "id": uuid.uuid4().hex, "model": model, "object": "list", "usage": _usage(answers), "results": results,
-            "created": int(time.time()), "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1},
+            "created": int(time.time()),
+            "meta": {"api_version": {"version": version}, "billed_units": {"search_units": 1},
                      "tokens": {"input_tokens": tokens, "output_tokens": 0}},
         }  # fmt: skip
         if infinity:  # its clients take no other object

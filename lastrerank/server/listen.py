@@ -87,12 +87,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=drain_seconds + _LAST_WORDS,  # type: ignore[arg-type]
     )  # fmt: skip
-    name = bound.getsockname()
-    try:
-        _Server(config, engine, drain_seconds).run(sockets=[bound])
-    finally:
-        if isinstance(name, str):
-            Path(name).unlink(missing_ok=True)
+    _Server(config, engine, drain_seconds).run(sockets=[bound])
 
 
 def _connections(wanted: int) -> int:
@@ -124,10 +119,14 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         timer = asyncio.get_running_loop().call_later(self._drain_seconds, self._give_up)
+        paths = [bound.getsockname() for bound in sockets or [] if bound.family == getattr(socket, "AF_UNIX", None)]
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
+            # Here: when this has returned, uvicorn raises the signal again, which ends the process.
+            for path in paths:
+                Path(path).unlink(missing_ok=True)
 
     def _give_up(self) -> None:
         # On a thread: a lock is taken that a thread running a pass may hold for a moment.
@@ -272,9 +271,10 @@ _LOGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def address(bound: socket.socket) -> str:
+def address(bound: socket.socket, has_tls: bool = False) -> str:
     """For people."""
     name = bound.getsockname()
     if isinstance(name, (str, bytes)):
         return os.fsdecode(name)
-    return f"http://[{name[0]}]:{name[1]}" if ":" in name[0] else f"http://{name[0]}:{name[1]}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"http{'s' * has_tls}://{host}:{name[1]}"

@@ -14,10 +14,16 @@ _DOCUMENTS = ["Paris is the capital of France.", "The Rhine is a river."]
 _QUERY = "What is the capital of France?"
 _EXAMPLES: dict[type, dict[str, Any]] = {
     RerankBody: {
-        "Jina, Cohere, vLLM, Infinity, llama.cpp": {"query": _QUERY, "documents": _DOCUMENTS, "top_n": 1},
+        "Jina, Cohere, llama.cpp": {"query": _QUERY, "documents": _DOCUMENTS, "top_n": 1},
         "objects as documents": {"query": _QUERY, "documents": [{"text": _DOCUMENTS[0], "id": 7}]},
         "Voyage (the answer has `data`)": {"query": _QUERY, "documents": _DOCUMENTS, "top_k": 1},
-        "text-embeddings-inference (a bare list comes back)": {"query": _QUERY, "texts": _DOCUMENTS},
+        "Cohere's rank_fields": {"query": _QUERY, "rank_fields": ["title", "body"],
+                                 "documents": [{"title": "Paris", "body": _DOCUMENTS[0]}]},
+        "vLLM": {"query": _QUERY, "documents": _DOCUMENTS, "top_n": 0, "truncate_prompt_tokens": 512},
+        "Infinity (documents come back as strings)": {"query": _QUERY, "documents": _DOCUMENTS, "raw_scores": False,
+                                                      "return_documents": True},
+        "text-embeddings-inference (a bare list comes back)": {"query": _QUERY, "texts": _DOCUMENTS,
+                                                               "raw_scores": False, "return_text": True},
     },
     ScoreBody: {
         "one against many": {"text_1": _QUERY, "text_2": _DOCUMENTS},
@@ -34,12 +40,13 @@ _ERRORS = {
 _GETS = {
     "/health": "The process works: passes are run.", "/ready": "Requests are taken: the queue has room.",
     "/metrics": "Counters for Prometheus.", "/info": "Model, device, caps and limits.",
-    "/v1/models": "The names of the model served.",
+    "/v1/models": "The names of the model served.", "/v1/models/{name}": "One of them.",
 }  # fmt: skip
 
 
-def description(posts: Sequence[str], has_key: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 of the application with these POST routes; `has_key`: whether an API key is wanted."""
+def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dict[str, Any]:
+    """OpenAPI 3.1 of the application with these POST routes; has_key: whether an API key is wanted; root_path: under
+    which a proxy shows it."""
     refs, schemas = msgspec.json.schema_components(
         list(_EXAMPLES), ref_template="#/components/schemas/{name}"
     )
@@ -74,13 +81,15 @@ def description(posts: Sequence[str], has_key: bool) -> dict[str, Any]:
     for path, text in _GETS.items():
         paths[path] = {"get": {
             "summary": text, "responses": {"200": {"description": text}},
-            "security": secured if path in ("/info", "/v1/models") else [],
+            "security": secured if path.startswith(("/info", "/v1/models")) else [],
+            **({"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
+               if "{name}" in path else {}),
         }}  # fmt: skip
     components: dict[str, Any] = {"schemas": schemas}
     if has_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return {
-        "openapi": "3.1.0", "paths": paths, "components": components,
+        "openapi": "3.1.0", "servers": [{"url": root_path or "/"}], "paths": paths, "components": components,
         "info": {"title": "lastrerank", "version": __version__,
                  "description": "Last-token reranking. Scores are as the model's family publishes them: cosines in "
                  "[-1, 1], probabilities or logits (/info says which)."},

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 
 import pytest
+import torch
 from conftest import DOCUMENTS, QUERY
 
 
@@ -41,6 +42,23 @@ def test_langchain_retriever(folder):
     compressor = LastrerankRerank.from_pretrained(str(folder), top_n=2)
     retriever = ContextualCompressionRetriever(base_compressor=compressor, base_retriever=Everything())
     assert len(retriever.invoke(QUERY)) == 2
+
+
+def test_langchain_cross_encoder(folder, expected):
+    """Ours where LangChain wants one of its cross-encoders."""
+    compressors = pytest.importorskip("langchain_classic.retrievers.document_compressors")
+    from langchain_core.documents import Document
+
+    from lastrerank.integrations.langchain import LastrerankCrossEncoder
+
+    model = LastrerankCrossEncoder(str(folder))
+    scores = dict(enumerate(model.score([(QUERY, text) for text in DOCUMENTS])))
+    assert scores == pytest.approx(dict(expected)) and model.score([]) == []
+    documents = [Document(page_content=text, metadata={"n": i}) for i, text in enumerate(DOCUMENTS)]
+    found = compressors.CrossEncoderReranker(model=model, top_n=3).compress_documents(documents, QUERY)
+    assert [d.metadata["n"] for d in found] == [i for i, _ in expected[:3]]
+    with pytest.raises(ValueError, match="a model with its arguments, or a loaded reranker"):
+        LastrerankCrossEncoder()
 
 
 def test_llama_index(folder, expected):
@@ -82,7 +100,7 @@ def test_haystack(folder, expected):
 
     documents = [Document(content=text, meta={"n": i}) for i, text in enumerate(DOCUMENTS)]
     pipeline = Pipeline()
-    pipeline.add_component("ranker", LastrerankRanker(str(folder), top_k=4))
+    pipeline.add_component("ranker", LastrerankRanker(str(folder), top_k=4, dtype=torch.float32))
     pipeline = Pipeline.loads(pipeline.dumps(), allowed_modules=[LastrerankRanker.__module__])
     found = pipeline.run({"ranker": {"query": QUERY, "documents": documents}})["ranker"]["documents"]
     assert [d.meta["n"] for d in found] == [i for i, _ in expected[:4]]
@@ -130,6 +148,28 @@ def test_sentence_transformers(reranker, tmp_path):
     pairs = [(QUERY, text) for text in DOCUMENTS]
     a, b = (model.predict(pairs) for model in (theirs, reranker))
     assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_sentence_transformers_evaluators_and_mining(reranker):
+    """What it does with a CrossEncoder, done with ours: an evaluation, hard negatives."""
+    pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+    from sentence_transformers.models import BoW
+    from sentence_transformers.util import mine_hard_negatives
+
+    sample = {"query": QUERY, "positive": [DOCUMENTS[0]], "documents": DOCUMENTS}
+    metrics = CrossEncoderRerankingEvaluator([sample], name="toy", write_csv=False)(reranker)
+    rank = [row["corpus_id"] for row in reranker.rank(QUERY, DOCUMENTS)].index(0)
+    assert metrics["toy_mrr@10"] == pytest.approx(1 / (1 + rank))
+    pairs = Dataset.from_dict({"query": ["page", "print"], "answer": [DOCUMENTS[0], DOCUMENTS[1]]})
+    words = BoW(vocab=["page", "print", "style", "number"])
+    mined = mine_hard_negatives(
+        pairs, SentenceTransformer(modules=[words]), corpus=DOCUMENTS, cross_encoder=reranker, range_max=4,
+        num_negatives=1, verbose=False,
+    )  # fmt: skip
+    assert len(mined) == 2 and set(mined["negative"]) <= set(DOCUMENTS)
 
 
 def test_mteb_reranking_task(folder, reranker):

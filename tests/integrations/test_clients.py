@@ -342,8 +342,8 @@ const cohere = createCohere({ apiKey: "key", baseURL: `${address}/v2` });
 const found = await rerank({ model: cohere.reranking(model), query, documents, topN: n });
 console.log(JSON.stringify(found.ranking.map(r => [r.originalIndex, r.score])));
 """))
-# With the client that it brings. n8n's reranker is this class; its node has no field for an address.
-client("LangChain.js, CohereRerank", "npm:@langchain/cohere")(_npm("""
+# With the client that it brings; n8n's node has no field for an address.
+client("LangChain.js, CohereRerank (n8n's reranker, too)", "npm:@langchain/cohere")(_npm("""
 import { createRequire } from "node:module";
 import { CohereRerank } from "@langchain/cohere";
 const { address, model, query, documents, n } = JSON.parse(process.argv[1]);
