@@ -76,7 +76,9 @@ class RerankRequest:
         """
         if isinstance(value, Mapping):
             unknown = set(map(str, value)) - {field.name for field in fields(cls)}
-            if unknown or "query" not in value or "documents" not in value:
+            if unknown:
+                raise ValueError(f"{name} has fields {sorted(unknown)}, which are no options of rerank()")
+            if "query" not in value or "documents" not in value:
                 found = sorted(map(str, value))
                 raise ValueError(f"{name} has fields {found}, expected 'query', 'documents' and options of rerank()")
             value = cls(**value)

@@ -69,7 +69,7 @@ def create_app(
     """
     bounds = limits or Limits()
     names = list(dict.fromkeys([model_name] if isinstance(model_name, str) else model_name))
-    known = {*names, *(name.split("/")[-1] for name in names)}
+    known = tuple(dict.fromkeys((*names, *(name.split("/")[-1] for name in names))))
     metrics, created, parsing = Metrics(engine), int(time.time()), asyncio.Lock()
 
     @asynccontextmanager
@@ -180,7 +180,7 @@ def create_app(
         return {"id": name, "object": "model", "created": created, "owned_by": "lastrerank"}
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [as_model(name) for name in names]})
+        return JSONResponse({"object": "list", "data": [as_model(name) for name in known]})
 
     async def one_model(request: Request) -> Response:
         name = request.path_params["name"]

@@ -316,7 +316,8 @@ def _decoded(decoder: msgspec.json.Decoder[Any], content: bytes) -> Any:
         where = path.removesuffix("`") or None
         if where is not None and (item := re.match(r"(documents|texts|passages)\[\d+\]", where)):
             where = item[0]
-            message = f"{message}; expected a string{'' if where.startswith('texts') else ' or an object with text'}"
+            wanted = {"texts": "a string", "documents": "a string or an object with text"}
+            message = f"{message}; expected {wanted.get(item[1], 'an object with text')}"
         if message.startswith("Object contains unknown field"):
             where = message.split("`")[1]
             raise BodyError(
