@@ -77,7 +77,7 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}: a folder without files")
         for entry in files:
             for name, document in _path(entry, column):
-                # Of files with one name each under its own: the path in the folder.
+                # Files of one name in several folders must be told apart.
                 yield str(entry.relative_to(path)) if name == entry.name else name, document
         return
     data, suffix = _unpacked(path)

@@ -12,6 +12,7 @@ import threading
 import time
 
 import httpx
+import msgspec
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from bench.serving import serving
 from lastrerank import Reranker
 from lastrerank.engine import Engine
 from lastrerank.server import Limits, create_app
+from lastrerank.server.dialects import RankingBody, RerankBody, ScoreBody
+from lastrerank.server.openapi import ANSWERS, TEI_ANSWER, RerankAnswer
 
 QUERY = "how do I print"
 
@@ -227,7 +230,15 @@ def test_the_description_says_what_is_served(client):
     for path in posts:  # every example is served
         content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         for name, example in content["examples"].items():
-            assert client.post(path, example["value"]).status_code == 200, (path, name)
+            answer = client.post(path, example["value"])
+            assert answer.status_code == 200, (path, name)
+            kind = ScoreBody if path.endswith("score") else RankingBody if path == "/v1/ranking" else RerankBody
+            msgspec.convert(answer.json(), TEI_ANSWER if path == "/rerank" else ANSWERS[kind])  # as described
+    more = {"query": QUERY, "documents": ["a", {"text": "b"}, ""], "return_embeddings": True, "top_k": 3}
+    msgspec.convert(client.post("/v2/rerank", more | {"return_documents": True}).json(), RerankAnswer)
+    for path in posts:
+        described = schema["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+        assert ("anyOf" in described) == (path == "/rerank") and ("$ref" in described or "anyOf" in described)
     page = client.get("/docs").text
     assert "openapi.json" in page and "//" not in page.replace("http://www.w3.org", "")
 

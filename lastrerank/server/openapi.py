@@ -6,9 +6,84 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, Struct, UnsetType
 
 from lastrerank import __version__
 from lastrerank.server.dialects import RankingBody, RerankBody, ScoreBody
+
+
+class RankedDocument(Struct, forbid_unknown_fields=True):
+    """A document's place among those sent, and its score. The document as it was sent, or in an object with `text`."""
+
+    index: int
+    relevance_score: float
+    document: Any = UNSET
+    embedding: list[float] | UnsetType | None = UNSET
+
+
+class TextScore(Struct, forbid_unknown_fields=True):
+    """What text-embeddings-inference calls a rank."""
+
+    index: int
+    score: float
+    text: str | UnsetType = UNSET
+
+
+class PairScore(Struct, forbid_unknown_fields=True):
+    """The score of the pair of that place."""
+
+    index: int
+    object: str
+    score: float
+
+
+class PassageLogit(Struct, forbid_unknown_fields=True):
+    """A passage's place among those sent, and its score before an activation."""
+
+    index: int
+    logit: float
+
+
+class Usage(Struct, forbid_unknown_fields=True):
+    """Tokens of all prompts."""
+
+    total_tokens: int
+    prompt_tokens: int
+
+
+class RerankAnswer(Struct, forbid_unknown_fields=True):
+    """Results best first; `meta` is Cohere's, `data` Voyage's (where `top_k` was sent)."""
+
+    id: str
+    model: str
+    object: str
+    created: int
+    results: list[RankedDocument]
+    usage: Usage
+    meta: dict[str, Any]
+    data: list[RankedDocument] | UnsetType = UNSET
+
+
+class ScoreAnswer(Struct, forbid_unknown_fields=True):
+    """Scores in the order of the texts."""
+
+    id: str
+    model: str
+    object: str
+    data: list[PairScore]
+    usage: Usage
+
+
+class RankingAnswer(Struct, forbid_unknown_fields=True):
+    """Passages best first."""
+
+    rankings: list[PassageLogit]
+    usage: Usage
+
+
+# What a body is answered with, and on /rerank, which takes TEI's bodies, too.
+ANSWERS: dict[Any, Any] = {RerankBody: RerankAnswer, ScoreBody: ScoreAnswer, RankingBody: RankingAnswer}
+TEI_ANSWER: Any = RerankAnswer | list[TextScore]
 
 _DOCUMENTS = ["Paris is the capital of France.", "The Rhine is a river."]
 _QUERY = "What is the capital of France?"
@@ -47,10 +122,9 @@ _GETS = {
 def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dict[str, Any]:
     """OpenAPI 3.1 of the application with these POST routes; has_key: whether an API key is wanted; root_path: under
     which a proxy shows it."""
-    refs, schemas = msgspec.json.schema_components(
-        list(_EXAMPLES), ref_template="#/components/schemas/{name}"
-    )
-    by_kind = dict(zip(_EXAMPLES, refs, strict=True))
+    kinds = [*_EXAMPLES, *ANSWERS.values(), TEI_ANSWER]
+    refs, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    by_kind = dict(zip(kinds, refs, strict=True))
     schemas["Error"] = {
         "type": "object", "required": ["error", "detail"],
         "properties": {
@@ -75,7 +149,9 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
             "summary": (kind.__doc__ or "").split("\n")[0], "operationId": path.strip("/").replace("/", "_"),
             "requestBody": {"required": True, "content": {
                 "application/json": {"schema": by_kind[kind], "examples": examples}}},
-            "responses": {"200": {"description": "scores, best first", "content": _json({})}, **failures},
+            "responses": {"200": {
+                "description": "scores", "content": _json(by_kind[TEI_ANSWER if path == "/rerank" else ANSWERS[kind]]),
+            }, **failures},
             "security": secured,
         }}  # fmt: skip
     for path, text in _GETS.items():
