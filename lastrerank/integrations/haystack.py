@@ -11,6 +11,7 @@ from typing import Any
 
 from haystack import Document, component, default_from_dict, default_to_dict
 
+from lastrerank.integrations import as_json
 from lastrerank.reranker import Reranker
 
 
@@ -50,11 +51,8 @@ class LastrerankRanker:
 
     def to_dict(self) -> dict[str, Any]:
         """For a pipeline's file."""
-        arguments = dict(self.arguments)
-        if "dtype" in arguments:  # one of PyTorch's can't be written down
-            arguments["dtype"] = str(arguments["dtype"]).removeprefix("torch.")
         return default_to_dict(
-            self, model=self.model, top_k=self.top_k, instruction=self.instruction, **arguments
+            self, model=self.model, top_k=self.top_k, instruction=self.instruction, **as_json(self.arguments)
         )
 
     @classmethod

@@ -9,8 +9,9 @@ from langchain_core.callbacks import Callbacks
 from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import run_in_executor
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
+from lastrerank.integrations import as_json
 from lastrerank.reranker import Reranker
 
 
@@ -18,7 +19,7 @@ class LastrerankRerank(BaseDocumentCompressor):
     """Ranks retrieved documents and keeps the best, with `relevance_score` in their metadata.
 
     Args:
-        model: folder, bundled name or Hub id; or a loaded `reranker`.
+        model: folder, bundled name or Hub id; or a loaded `reranker`, which a dump leaves out.
         top_n: kept; None for all.
         instruction: as in `Reranker.rerank`.
         arguments: of `Reranker.from_pretrained`.
@@ -26,7 +27,9 @@ class LastrerankRerank(BaseDocumentCompressor):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    reranker: Reranker
+    model: str | None = None
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    reranker: Reranker = Field(exclude=True)
     top_n: int | None = 3
     instruction: str | None = None
 
@@ -39,8 +42,10 @@ class LastrerankRerank(BaseDocumentCompressor):
         reranker: Reranker | None = None,
         **arguments: Any,
     ) -> None:
-        loaded = _loaded(model, reranker, arguments)
-        super().__init__(reranker=loaded, top_n=top_n, instruction=instruction)  # type: ignore[call-arg]
+        own = as_json({**arguments.pop("arguments", {}), **arguments})  # from a dump: in one
+        super().__init__(
+            reranker=_loaded(model, reranker, own), model=model, arguments=own, top_n=top_n, instruction=instruction  # type: ignore[call-arg]
+        )
 
     @classmethod
     def from_pretrained(cls, id_or_path: str, **arguments: Any) -> LastrerankRerank:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 
+from lastrerank.integrations import as_json
 from lastrerank.reranker import Reranker
 
 dispatcher = get_dispatcher(__name__)
@@ -37,7 +39,7 @@ class LastrerankRerank(BaseNodePostprocessor):
         # From `from_dict`: a field of the base class, the class's name, and our arguments in one.
         fields = {"callback_manager": arguments.pop("callback_manager")} if "callback_manager" in arguments else {}
         arguments.pop("class_name", None)
-        own = {**arguments.pop("arguments", {}), **arguments}
+        own = as_json({**arguments.pop("arguments", {}), **arguments})
         super().__init__(model=model, top_n=top_n, instruction=instruction, arguments=own, **fields)
         self._reranker = Reranker.from_pretrained(model, **own)
 
@@ -54,9 +56,13 @@ class LastrerankRerank(BaseNodePostprocessor):
             ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=self.top_n or len(nodes), model_name=self.model)
         )
         texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
-        results = self._reranker.rerank(
-            query_bundle.query_str, texts, self.top_n, instruction=self.instruction
-        )
-        ranked = [NodeWithScore(node=nodes[r["index"]].node, score=r["relevance_score"]) for r in results]
+        payload = {EventPayload.NODES: nodes, EventPayload.MODEL_NAME: self.model, EventPayload.TOP_K: self.top_n,
+                   EventPayload.QUERY_STR: query_bundle.query_str}  # fmt: skip
+        with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
+            results = self._reranker.rerank(
+                query_bundle.query_str, texts, self.top_n, instruction=self.instruction
+            )
+            ranked = [NodeWithScore(node=nodes[r["index"]].node, score=r["relevance_score"]) for r in results]
+            event.on_end(payload={EventPayload.NODES: ranked})
         dispatcher.event(ReRankEndEvent(nodes=ranked))
         return ranked

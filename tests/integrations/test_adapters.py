@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ def test_langchain(folder, expected):
         assert [d.metadata["relevance_score"] for d in found] == pytest.approx([s for _, s in expected[:3]])
     assert all("relevance_score" not in d.metadata for d in documents)
     assert compressor.compress_documents([], QUERY) == []
+    made = LastrerankRerank(str(folder), top_n=2, instruction="short", dtype=torch.bfloat16)
+    again = LastrerankRerank(**json.loads(made.model_dump_json()))
+    assert again.model_dump() == made.model_dump() and again.reranker.dtype == "bfloat16" and again.top_n == 2
 
 
 def test_langchain_retriever(folder):
@@ -85,11 +89,18 @@ def test_llama_index(folder, expected):
         def handle(self, event, **more):
             seen.append(event.class_name())
 
-    again = LastrerankRerank.from_dict(LastrerankRerank(str(folder), top_n=2, dtype="bfloat16").to_dict())
+    again = LastrerankRerank.from_json(LastrerankRerank(str(folder), top_n=2, dtype=torch.bfloat16).to_json())
     assert again.top_n == 2 and again._reranker.dtype == "bfloat16"
     get_dispatcher().add_event_handler(Handler())
     again.postprocess_nodes(nodes, query_str=QUERY)
     assert seen == ["ReRankStartEvent", "ReRankEndEvent"]
+    # And those of before its dispatcher.
+    from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
+
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    LastrerankRerank(str(folder), callback_manager=CallbackManager([debug])).postprocess_nodes(nodes, query_str=QUERY)
+    (pair,) = debug.get_event_pairs(CBEventType.RERANKING)
+    assert [len(event.payload["nodes"]) for event in pair] == [5, 3]
 
 
 def test_haystack(folder, expected):
