@@ -170,8 +170,9 @@ def read_rerank(
     embeddings = bool(_flag(body, "return_embeddings"))
     bounds = [cap for cap in (_count(body, "max_tokens_per_doc"), _prompt_cap(body)) if cap is not None]
     caps = [_count(body, "max_doc_length"), *(cap for cap in bounds if cap < doc_cap)]
-    # vLLM's clients send 0 for all.
-    top_n, top_k = _count(body, "top_n") if body.top_n else None, None if body.top_k is UNSET else _count(body, "top_k")
+    # vLLM's clients send 0 for all, to /rerank; Jina's and Cohere's mean nothing by it.
+    top_n = None if is_tei and body.top_n == 0 else _count(body, "top_n")
+    top_k = None if body.top_k is UNSET else _count(body, "top_k")
     request = RerankRequest(
         body.query, texts, top_n=top_n if top_k is None else top_k if top_n is None else min(top_n, top_k),
         return_embeddings=embeddings, max_doc_length=min((cap for cap in caps if cap is not None), default=None),

@@ -94,7 +94,7 @@ _EXAMPLES: dict[type, dict[str, Any]] = {
         "Voyage (the answer has `data`)": {"query": _QUERY, "documents": _DOCUMENTS, "top_k": 1},
         "Cohere's rank_fields": {"query": _QUERY, "rank_fields": ["title", "body"],
                                  "documents": [{"title": "Paris", "body": _DOCUMENTS[0]}]},
-        "vLLM": {"query": _QUERY, "documents": _DOCUMENTS, "top_n": 0, "truncate_prompt_tokens": 512},
+        "vLLM": {"query": _QUERY, "documents": _DOCUMENTS, "truncate_prompt_tokens": 512},
         "Infinity (documents come back as strings)": {"query": _QUERY, "documents": _DOCUMENTS, "raw_scores": False,
                                                       "return_documents": True},
         "text-embeddings-inference (a bare list comes back)": {"query": _QUERY, "texts": _DOCUMENTS,
