@@ -68,7 +68,7 @@ struct RowStorage {
   char* row(long r) const { return first + r / kTileRows * next + r % kTileRows * kStepBytes; }
   RowView at(long r) const { return {first + r / kTileRows * next, kStepBytes, next, step, kTileBytes}; }
   // Rows of a block, of which there are `rows` in all: at most 640 KiB or so, which stay in L2 beside the panels that pass
-  // by and the sums that leave.
+  // by and the sums that leave; but two products' at least, or panels would come from memory too often.
   long block_rows(long rows) const {
     const long most = std::max(2l, (5l << 17) / (2 * next)) * kPairRows, all = std::max(1l, rows);
     return ceil_div(ceil_div(all, ceil_div(all, most)), kPairRows) * kPairRows;
@@ -206,8 +206,7 @@ inline void product_bf16(const RowView& a, long rows, const void* panel, long st
 
 // The same of integers, as `tile_i8`.
 inline void product_i8(const RowView& a, long rows, const float* row_scales, const void* panel, long steps,
-                       const float* scales, const float* bias, float* c, long ldc, long columns,
-                       const Fetch& fetch) {
+                       const float* scales, const float* bias, float* c, long ldc, long columns, const Fetch& fetch) {
   int32_t whole[kPairRows][kPanel];
   const auto product = rows > kTileRows ? multiply_tiles<true, 2, 1> : multiply_tiles<true, 1, 1>;
   product(a, static_cast<const char*>(panel), steps, whole, sizeof whole[0], false, fetch);

@@ -408,10 +408,8 @@ struct Of {
       long i = 0;
       for (; i + kLanes <= n; i += kLanes) put(out + i, load(x + i) * factor);
       if (i < n) {
-        float rest[kLanes] = {};
         Number last[kLanes];
-        std::copy(x + i, x + n, rest);
-        put(last, load(rest) * factor);
+        put(last, load_some(x, i, n) * factor);
         std::copy_n(last, n - i, out + i);
       }
       return 1.0f;

@@ -24,6 +24,7 @@ _BINARY = (
     (b"%PDF-", "a PDF: convert it first (pdftotext)"),
     (b"PK\x03\x04", "a ZIP or an office document: save it as text"),
     (b"\xd0\xcf\x11\xe0", "an office document: save it as text"),
+    (b"%!PS", "PostScript: convert it first (ps2txt)"),
     (b"{\\rtf", "an RTF document: save it as text"),
     (b"\x89PNG", "an image"), (b"\xff\xd8\xff", "an image"), (b"GIF8", "an image"),
 )

@@ -20,8 +20,7 @@ from bench.serving import serving
 from lastrerank import Reranker
 from lastrerank.engine import Engine
 from lastrerank.server import Limits, create_app
-from lastrerank.server.dialects import RankingBody, RerankBody, ScoreBody
-from lastrerank.server.openapi import ANSWERS, TEI_ANSWER, RerankAnswer
+from lastrerank.server.openapi import RerankAnswer, kinds
 
 QUERY = "how do I print"
 
@@ -233,8 +232,7 @@ def test_the_description_says_what_is_served(client):
         for name, example in content["examples"].items():
             answer = client.post(path, example["value"])
             assert answer.status_code == 200, (path, name)
-            kind = ScoreBody if path.endswith("score") else RankingBody if path == "/v1/ranking" else RerankBody
-            msgspec.convert(answer.json(), TEI_ANSWER if path == "/rerank" else ANSWERS[kind])  # as described
+            msgspec.convert(answer.json(), kinds(path)[1])  # as described
     more = {"query": QUERY, "documents": ["a", {"text": "b"}, ""], "return_embeddings": True, "top_k": 3}
     msgspec.convert(client.post("/v2/rerank", more | {"return_documents": True}).json(), RerankAnswer)
     for path in posts:

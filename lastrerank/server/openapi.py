@@ -81,9 +81,18 @@ class RankingAnswer(Struct, forbid_unknown_fields=True):
     usage: Usage
 
 
-# What a body is answered with, and on /rerank, which takes TEI's bodies, too.
-ANSWERS: dict[Any, Any] = {RerankBody: RerankAnswer, ScoreBody: ScoreAnswer, RankingBody: RankingAnswer}
-TEI_ANSWER: Any = RerankAnswer | list[TextScore]
+_OR_TEIS: Any = RerankAnswer | list[TextScore]
+
+
+def kinds(path: str) -> tuple[Any, Any]:
+    """Of a POST route: what it reads, and what it answers with."""
+    if path.endswith("score"):
+        return ScoreBody, ScoreAnswer
+    if path == "/v1/ranking":
+        return RankingBody, RankingAnswer
+    return RerankBody, _OR_TEIS if path == "/rerank" else RerankAnswer  # that one takes TEI's bodies, too
+
+
 
 _DOCUMENTS = ["Paris is the capital of France.", "The Rhine is a river."]
 _QUERY = "What is the capital of France?"
@@ -122,9 +131,9 @@ _GETS = {
 def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dict[str, Any]:
     """OpenAPI 3.1 of the application with these POST routes; has_key: whether an API key is wanted; root_path: under
     which a proxy shows it."""
-    kinds = [*_EXAMPLES, *ANSWERS.values(), TEI_ANSWER]
-    refs, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    by_kind = dict(zip(kinds, refs, strict=True))
+    used = list(dict.fromkeys(kind for path in posts for kind in kinds(path)))
+    refs, schemas = msgspec.json.schema_components(used, ref_template="#/components/schemas/{name}")
+    by_kind = dict(zip(used, refs, strict=True))
     schemas["Error"] = {
         "type": "object", "required": ["error", "detail"],
         "properties": {
@@ -140,7 +149,7 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
     secured: list[dict[str, list[str]]] = [{"key": []}] if has_key else []
     paths: dict[str, Any] = {}
     for path in posts:
-        kind = ScoreBody if path.endswith("score") else RankingBody if path == "/v1/ranking" else RerankBody
+        kind, answer = kinds(path)
         examples = {
             name: {"value": value} for name, value in _EXAMPLES[kind].items()
             if "texts" not in value or path == "/rerank"
@@ -149,9 +158,7 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
             "summary": (kind.__doc__ or "").split("\n")[0], "operationId": path.strip("/").replace("/", "_"),
             "requestBody": {"required": True, "content": {
                 "application/json": {"schema": by_kind[kind], "examples": examples}}},
-            "responses": {"200": {
-                "description": "scores", "content": _json(by_kind[TEI_ANSWER if path == "/rerank" else ANSWERS[kind]]),
-            }, **failures},
+            "responses": {"200": {"description": "scores", "content": _json(by_kind[answer])}, **failures},
             "security": secured,
         }}  # fmt: skip
     for path, text in _GETS.items():
