@@ -45,8 +45,8 @@ void unpack_f32(const float* packed, long n, long k, float* weight) {
       weight[column * k + i] = packed[(column / kPanel * k + i) * kPanel + column % kPanel];
 }
 
-// Blocks: a panel's slice of kDepth stays in L1 over a block of kBlockRows rows of x, which stays in L2.
-constexpr long kDepth = 256, kBlockRows = 20 * kRows, kBlockPanels = 16;
+// Blocks: a panel stays in L2 over a block of kBlockRows rows of x, and those over kBlockPanels panels.
+constexpr long kBlockRows = 20 * kRows, kBlockPanels = 16;
 // Panels of gates at a time, and as many of what they gate: both products of a block stay in L2, too.
 constexpr long kGatedPanels = 4;
 
@@ -118,15 +118,12 @@ void linear_f32(int threads, const float* x, long ldx, long m, long k, const flo
   const float* tiles = storage.get();
   const Target to{n, bias, gated, out, ldo};
   in_blocks(threads, m, to, kBlockRows, [=](long row, long end, long first, long last, float* c, long ldc) {
-    for (long depth = 0; depth < k; depth += kDepth) {
-      const long span = std::min(kDepth, k - depth);
-      for (long p = first; p < last; ++p)
-        in_tiles<kRows>(row, end, [&](auto rows, long r) {
-          tile_f32<rows.value, true>(tiles + r * k + depth * kRows, k, packed + (p * k + depth) * kPanel, span,
-                                     c + (r - row) * ldc + (p - first) * kPanel, ldc, depth > 0,
-                                     std::min<long>(kPanel, n - p * kPanel));
-        });
-    }
+    for (long p = first; p < last; ++p)
+      in_tiles<kRows>(row, end, [&](auto rows, long r) {
+        tile_f32<rows.value, true>(tiles + r * k, k, packed + p * k * kPanel, k,
+                                   c + (r - row) * ldc + (p - first) * kPanel, ldc, false,
+                                   std::min<long>(kPanel, n - p * kPanel));
+      });
   });
 }
 
@@ -190,35 +187,35 @@ void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, c
   }
   constexpr bool in_pairs = kBf16Units && kRounded;
   using Input = std::conditional_t<in_pairs, uint16_t, float>;
-  constexpr long depth_pairs = in_pairs ? kDepth : kDepth / 2;  // as many bytes of a panel as in fp32
+  constexpr long inputs = in_pairs ? 2 : 1;  // that stand together
   const long pairs = bf16_pairs(k), size = 2 * pairs * kRows;
   const auto storage = interleaved<Input>(threads, m, size, [=](long row, Input* tile, long r) {
-    for (long i = 0; i < 2 * pairs; ++i) {
-      const float number = i < k ? x[row * ldx + i] : 0.0f;
+    for (long at = 0; at < 2 * pairs; at += kLanes) {
+      const Vec v = at < k ? load_some(x + row * ldx, at, k) : Vec{};
+      Input numbers[kLanes];
       if constexpr (in_pairs) {
-        tile[(i / 2 * kRows + r) * 2 + i % 2] = to_bf16(number);
+        store_bf16(numbers, v);
       } else {
-        tile[i * kRows + r] = kRounded ? bf16(to_bf16(number)) : number;
+        store(numbers, kRounded ? rounded_to_bf16(v) : v);
       }
+      const long some = std::min<long>(kLanes, 2 * pairs - at);
+      for (long i = 0; i < some; i += inputs) std::copy_n(numbers + i, inputs, tile + (at + i) * kRows + r * inputs);
     }
   });
   const Input* tiles = storage.get();
   in_blocks(threads, m, to, kBlockRows, [=](long row, long end, long first, long last, float* c, long ldc) {
-    for (long depth = 0; depth < pairs; depth += depth_pairs) {
-      const long span = std::min(depth_pairs, pairs - depth);
-      for (long p = first; p < last; ++p)
-        in_tiles<kRows>(row, end, [&](auto rows, long r) {
-          const Input* a = tiles + r / kRows * size + depth * 2 * kRows;
-          const uint16_t* panel = packed + (p * pairs + depth) * 2 * kPanel;
-          float* target = c + (r - row) * ldc + (p - first) * kPanel;
-          const long columns = std::min<long>(kPanel, n - p * kPanel);
-          if constexpr (in_pairs) {
-            tile_bf16<rows.value, true>(a, 0, panel, span, target, ldc, depth > 0, columns);
-          } else {
-            tile_widened<rows.value>(a, panel, span, target, ldc, depth > 0, columns);
-          }
-        });
-    }
+    for (long p = first; p < last; ++p)
+      in_tiles<kRows>(row, end, [&](auto rows, long r) {
+        const Input* a = tiles + r / kRows * size;
+        const uint16_t* panel = packed + p * pairs * 2 * kPanel;
+        float* target = c + (r - row) * ldc + (p - first) * kPanel;
+        const long columns = std::min<long>(kPanel, n - p * kPanel);
+        if constexpr (in_pairs) {
+          tile_bf16<rows.value, true>(a, 0, panel, pairs, target, ldc, false, columns);
+        } else {
+          tile_widened<rows.value>(a, panel, pairs, target, ldc, columns);
+        }
+      });
   });
 }
 

@@ -49,23 +49,45 @@ LASTRERANK_INLINE void store_tile(const Vec (&acc)[R][2], float* c, long ldc, bo
     for (long j = 0; j < columns; ++j) c[r * ldc + j] = accumulate ? c[r * ldc + j] + spilled[r][j] : spilled[r][j];
 }
 
+// acc[R, kPanel] = what add(from, to) leaves there for the steps from .. to - 1, kSpan of them at a time: their sums are
+// added to one another, since a chain of all additions would lose more.
+template <long kSpan, int R, typename Add>
+LASTRERANK_INLINE void in_spans(long steps, Vec (&acc)[R][2], const Add& add) {
+  Vec sums[R][2] = {};
+  long from = 0;
+  do {
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
+    add(from, std::min(from + kSpan, steps));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+      for (int half = 0; half < 2; ++half) {
+        if (from > 0) acc[r][half] += sums[r][half];
+        if (from + kSpan < steps) sums[r][half] = acc[r][half];
+      }
+    from += kSpan;
+  } while (from < steps);
+}
+
 // ---- fp32 ---------------------------------------------------------------------------------------------------------
+
+constexpr long kDepth = 256;  // steps of a span
 
 // c[R, columns] (+)= a[R, k] @ panel[k, kPanel]. a is in rows of `lda`, or kRows rows interleaved.
 template <int R, bool kInterleaved>
 LASTRERANK_TILE void tile_f32(const float* __restrict a, long lda, const float* __restrict panel, long k, float* c,
                               long ldc, bool accumulate, long columns) {
   Vec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
-  for (long i = 0; i < k; ++i) {
-    const Vec b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + kLanes);
+  in_spans<kDepth>(k, acc, [&](long from, long to) {
+    for (long i = from; i < to; ++i) {
+      const Vec b0 = load(panel + i * kPanel), b1 = load(panel + i * kPanel + kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(kInterleaved ? a[i * kRows + r] : a[r * lda + i]);
-      acc[r][0] += x * b0;
-      acc[r][1] += x * b1;
+      for (int r = 0; r < R; ++r) {
+        const Vec x = splat(kInterleaved ? a[i * kRows + r] : a[r * lda + i]);
+        acc[r][0] += x * b0;
+        acc[r][1] += x * b1;
+      }
     }
-  }
+  });
   store_tile<R>(acc, c, ldc, accumulate, columns);
 }
 
@@ -114,35 +136,40 @@ LASTRERANK_INLINE Vec dot2_bf16(Vec acc, uint32_t a, UVec b) {
 template <int R, bool kInterleaved>
 LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uint16_t* __restrict panel, long pairs,
                                float* c, long ldc, bool accumulate, long columns) {
+  constexpr long step = kInterleaved ? 2 * kRows : 2;
   Vec acc[R][2];
-  multiply_words<dot2_bf16>(a, kInterleaved ? 4 : 2 * lda, kInterleaved ? 4 * kRows : 4, panel, pairs, acc);
+  in_spans<kDepth>(pairs, acc, [&](long from, long to) {
+    multiply_words<dot2_bf16>(a + from * step, kInterleaved ? 4 : 2 * lda, 2 * step, panel + from * 2 * kPanel, to - from,
+                              acc);
+  });
   store_tile<R>(acc, c, ldc, accumulate, columns);
 }
 
 // The same without units for bf16: a in fp32 (of bf16 numbers), interleaved; the panel is widened on the way.
 template <int R>
 LASTRERANK_TILE void tile_widened(const float* __restrict a, const uint16_t* __restrict panel, long pairs, float* c,
-                                  long ldc, bool accumulate, long columns) {
+                                  long ldc, long columns) {
   Vec acc[R][2];
-  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = Vec{};
-  for (long i = 0; i < pairs; ++i) {
-    const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
-    const Vec even0 = bits<Vec>(b0 << 16), even1 = bits<Vec>(b1 << 16);
+  in_spans<kDepth / 2>(pairs, acc, [&](long from, long to) {
+    for (long i = from; i < to; ++i) {
+      const UVec b0 = load_words(panel + 2 * i * kPanel), b1 = load_words(panel + 2 * i * kPanel + 2 * kLanes);
+      const Vec even0 = bits<Vec>(b0 << 16), even1 = bits<Vec>(b1 << 16);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(a[2 * i * kRows + r]);
-      acc[r][0] += x * even0;
-      acc[r][1] += x * even1;
-    }
-    const Vec odd0 = bits<Vec>(b0 & 0xffff0000u), odd1 = bits<Vec>(b1 & 0xffff0000u);
+      for (int r = 0; r < R; ++r) {
+        const Vec x = splat(a[2 * i * kRows + r]);
+        acc[r][0] += x * even0;
+        acc[r][1] += x * even1;
+      }
+      const Vec odd0 = bits<Vec>(b0 & 0xffff0000u), odd1 = bits<Vec>(b1 & 0xffff0000u);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const Vec x = splat(a[(2 * i + 1) * kRows + r]);
-      acc[r][0] += x * odd0;
-      acc[r][1] += x * odd1;
+      for (int r = 0; r < R; ++r) {
+        const Vec x = splat(a[(2 * i + 1) * kRows + r]);
+        acc[r][0] += x * odd0;
+        acc[r][1] += x * odd1;
+      }
     }
-  }
-  store_tile<R>(acc, c, ldc, accumulate, columns);
+  });
+  store_tile<R>(acc, c, ldc, false, columns);
 }
 
 // ---- integers of 16 bits ------------------------------------------------------------------------------------------
@@ -227,18 +254,17 @@ LASTRERANK_TILE void tile_i8(const uint8_t* __restrict a, long lda, const float*
                              const float* bias, float* c, long ldc, long columns) {
   IVec acc[R][2];
   multiply_words<dot4>(a, lda, 4, panel, groups, acc);
-  int32_t spilled[R][kPanel];
+  Vec products[R][2];
+  for (int half = 0; half < 2; ++half) {
+    const long at = half * kLanes;
+    // x = row_scale * (a - kZero), so the weights' sum is taken off that often.
+    const IVec zero = kZero == 0 ? IVec{} : kZero * load_some(sums, at, columns);
+    const Vec scale = load_some(scales, at, columns), shift = bias == nullptr ? Vec{} : load_some(bias, at, columns);
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    std::memcpy(spilled[r], &acc[r][0], sizeof acc[r][0]);
-    std::memcpy(spilled[r] + kLanes, &acc[r][1], sizeof acc[r][1]);
+    for (int r = 0; r < R; ++r)
+      products[r][half] = __builtin_convertvector(acc[r][half] - zero, Vec) * (row_scales[r] * scale) + shift;
   }
-  for (int r = 0; r < R; ++r)
-    for (long j = 0; j < columns; ++j) {
-      // x = row_scale * (a - kZero), so the weights' sum is taken off that often.
-      const int32_t value = spilled[r][j] - kZero * sums[j];
-      c[r * ldc + j] = static_cast<float>(value) * (row_scales[r] * scales[j]) + (bias != nullptr ? bias[j] : 0.0f);
-    }
+  store_tile<R>(products, c, ldc, false, columns);
 }
 
 }  // namespace

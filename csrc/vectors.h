@@ -47,10 +47,12 @@ inline void prefetch(const float* p, long n) {
 }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline IVec load(const int32_t* p) { return *reinterpret_cast<const IVec*>(p); }
 // The numbers from `at` of the n at p, zeros beyond.
-inline Vec load_some(const float* p, long at, long n) {
+template <typename Number>
+inline auto load_some(const Number* p, long at, long n) {
   if (at + kLanes <= n) return load(p + at);
-  float some[kLanes] = {};
+  Number some[kLanes] = {};
   for (long i = at; i < n; ++i) some[i - at] = p[i];
   return load(some);
 }
