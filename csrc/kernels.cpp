@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <vector>
 
@@ -305,8 +306,8 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
                      p + 1 < last ? share_of(next, steps, (r - row) / kPairRows, products) : kNothing);
       } else {
         in_tiles<kRowsI8>(row, end, [&](auto some, long r) {
-          tile_i8<some.value>(q + r * width, width, rs + r, panel, groups, scales + column, sums + column, shift,
-                              target + (r - row) * ldc, ldc, columns);
+          tile_integers<some.value>(q + r * width, width, rs + r, kZero, panel, groups, scales + column, sums + column,
+                                    shift, target + (r - row) * ldc, ldc, false, columns);
         });
       }
     }
@@ -379,28 +380,57 @@ void qk_norm_rope(int threads, float* qkv, long ld, long rows, long heads, long 
 // What attention multiplies. Logits, softmax and sums are in fp32 in each.
 //
 // Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Pairs: the same, for units that take pairs.
-// Grid: 16-bit integers, on a grid each row and head (queries, keys, values) or each row and tile (softmax's weights).
-enum class Format { kFp32, kRounded, kPairs, kGrid };
+// Grid16, Grid8: integers of 16 and of 8 bits, on a grid each row and head (queries, keys, values) or each row and tile
+// (softmax's weights); those of 8 bits are rotated first, as what linears multiply is.
+enum class Format { kFp32, kRounded, kPairs, kGrid16, kGrid8 };
+
+constexpr long kKeys = 256;  // of a tile: softmax's weights are rounded under the largest logit up to the tile's end
+constexpr long kAhead = 4;   // rows that are asked for before the one that is read
+constexpr float kLog2E = 1.44269504f;
+
+// For quantize_by, of each key of a tile: evenly spread in every stretch of keys.
+struct Offsets {
+  constexpr Offsets() : of() {
+    for (int i = 0; i < kKeys; ++i) of[i] = static_cast<float>(i * 159 % 256) / 256.0f + 1.0f / 512.0f;
+  }
+  float of[kKeys];
+};
+constexpr Offsets offsets;
 
 template <Format kFormat>
 struct Of {
-  static constexpr bool kPaired = kFormat == Format::kPairs || kFormat == Format::kGrid;
-  // Whether AMX multiplies them: rows are filled up to whole registers, inputs to whole steps, and tiles are larger,
-  // so that sums stay in the registers for longer.
+  static constexpr bool kEight = kFormat == Format::kGrid8, kGrid = kEight || kFormat == Format::kGrid16;
+  static constexpr bool kPaired = kFormat == Format::kPairs || kFormat == Format::kGrid16;
+  // Whether AMX multiplies them: rows are filled up to whole registers, inputs to whole steps.
   static constexpr bool kTiled = kAmx && kFormat == Format::kPairs;
-  using Number = std::conditional_t<kFormat == Format::kGrid, int16_t, std::conditional_t<kPaired, uint16_t, float>>;
-  static constexpr long kInputs = kPaired ? 2 : 1;                        // of a lane
+  using Number = std::conditional_t<kEight, uint8_t, std::conditional_t<kFormat == Format::kGrid16, int16_t,
+                                    std::conditional_t<kPaired, uint16_t, float>>>;
+  static constexpr long kInputs = 4 / sizeof(Number);                     // of a lane
   static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
-  static constexpr long kKeys = kTiled ? 256 : 64;                        // keys of a tile
   static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together
+  // Steps of grids to either side of zero, but for softmax's weights, which are none below it. A tile's sum must fit.
+  static constexpr float kWeightGrid = kEight ? (kZero == 0 ? 127.0f : 255.0f) : 4095.0f,
+                         kValueGrid = kEight ? 127.0f : 2047.0f;
+  static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
+
+  // The same of queries and keys, whose sum is over a head's width.
+  static float logit_grid(long dim) {
+    const float most = std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f);
+    return kEight ? 127.0f : std::min(8191.0f, most);
+  }
 
   static constexpr long padded_rows(long rows) { return kTiled ? ceil_div(rows, kTileRows) * kTileRows : rows; }
 
-  // n numbers of a row, zeros up to `width`; returns what they are to be multiplied with.
-  static float encode(const float* x, long n, long width, float factor, float grid, Number* out) {
+  // n numbers of a row, zeros up to `width`; returns what they are to be multiplied with. Integers are around `zero`.
+  // scratch: of n numbers.
+  static float encode(const float* x, long n, long width, float factor, float grid, int zero, float* scratch,
+                      Number* out) {
     std::fill(out + n, out + width, Number{0});
-    if constexpr (kFormat == Format::kGrid) {
-      return quantize(x, n, magnitude(x, n), grid, 0, out) * factor;
+    if constexpr (kEight) {
+      const float largest = rotate(x, n, scratch);
+      return quantize(scratch, n, largest, grid, zero, out) * factor;
+    } else if constexpr (kGrid) {
+      return quantize(x, n, magnitude(x, n), grid, zero, out) * factor;
     } else {
       long i = 0;
       for (; i + kLanes <= n; i += kLanes) put(out + i, load(x + i) * factor);
@@ -422,9 +452,22 @@ struct Of {
     }
   }
 
-  // c[m, kPanel] (+)= a[m, inputs] @ panel
+  // A panel's numbers of as many rows as stand together in a lane.
+  static void put_together(const Number* rows, long ld, Number* out) {
+    for (long i = 0; i < kPanel; ++i)
+      if constexpr (kInputs == 1) {
+        out[i] = rows[i];
+      } else {
+        uint32_t word = 0;
+        for (long l = 0; l < kInputs; ++l)
+          word |= uint32_t{static_cast<std::make_unsigned_t<Number>>(rows[l * ld + i])} << (32 / kInputs * l);
+        std::memcpy(out + i * kInputs, &word, sizeof word);
+      }
+  }
+
+  // c[m, kPanel] (+)= a[m, inputs] @ panel; scales and sums as tile_integers takes them
   static void multiply(const Number* a, long lda, long m, const Number* panel, long inputs, const float* row_scales,
-                       const float* column_scales, float* c, long ldc, bool accumulate) {
+                       int zero, const float* scales, const int32_t* sums, float* c, long ldc, bool accumulate) {
     if constexpr (kTiled) {
       const long row = lda * static_cast<long>(sizeof(Number));
       for (long r = 0; r < m; r += kPairRows) {
@@ -438,9 +481,9 @@ struct Of {
     in_tiles<kRows>(0, m, [&](auto rows, long r) {
       const Number* first = a + r * lda;
       float* target = c + r * ldc;
-      if constexpr (kFormat == Format::kGrid) {
-        tile_i16<rows.value>(first, lda, panel, ceil_div(inputs, 2), row_scales + r, column_scales, target, ldc,
-                             accumulate);
+      if constexpr (kGrid) {
+        tile_integers<rows.value>(first, lda, row_scales + r, zero, panel, ceil_div(inputs, kInputs), scales, sums,
+                                  nullptr, target, ldc, accumulate, kPanel);
       } else if constexpr (kFormat == Format::kPairs) {
         tile_bf16<rows.value, false>(first, lda, panel, ceil_div(inputs, 2), target, ldc, accumulate, kPanel);
       } else {
@@ -450,24 +493,16 @@ struct Of {
   }
 };
 
-// Steps of grids whose products can't overflow 32 bits: a sum over a head's width, and one over a tile's keys.
-inline float logit_grid(long dim) {
-  return std::min(8191.0f, std::floor(std::sqrt(2147483647.0f / static_cast<float>(dim + dim % 2)) - 1.0f));
-}
-constexpr long kAhead = 4;  // rows that are asked for before the one that is read
-constexpr float kWeightGrid = 8191.0f, kValueGrid = 4095.0f, kLog2E = 1.44269504f;
-static_assert(double(Of<Format::kGrid>::kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
-
 template <Format kFormat>
 void attention_in(int threads, const float* q, long ldq, long rows, const int64_t* positions, const float* k, long ldk,
                   const float* v, long ldv, long length, const float* prefix_k, const float* prefix_v, long prefix,
                   long heads, long kv_heads, long dim, long window, float scale, float* out, long ldo) {
   using F = Of<kFormat>;
   using Number = typename F::Number;
-  constexpr long inputs = F::kInputs, kKeys = F::kKeys;
-  constexpr bool grid = kFormat == Format::kGrid;
+  constexpr long inputs = F::kInputs;
   // Softmax's weights stay where the logits were, if they are fp32 numbers.
-  constexpr bool in_place = !F::kPaired;
+  constexpr bool in_place = std::is_same_v<Number, float>;
+  constexpr int zero = F::kEight ? kZero : 0;  // of queries
   // Keys are tiled from the beginning of what the sequence continues: its rows are bitwise what they would be in one.
   length += prefix;
   auto key_row = [=](long key) { return key < prefix ? prefix_k + key * ldk : k + (key - prefix) * ldk; };
@@ -476,26 +511,31 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
              tiles = ceil_div(length, kKeys), width = ceil_div(dim, F::kStep) * F::kStep,
              value_panels = ceil_div(dim, kPanel), value_columns = value_panels * kPanel, key_size = kKeys * width,
              value_size = kKeys * value_columns;
-  const float logits = logit_grid(dim);
+  const float logits = F::logit_grid(dim);
 
   // A tile's keys transposed into panels, [panel][input][kPanel]; values as [panel][key][kPanel]; `inputs` together.
-  // Beyond the sequence's end are zeros. scales: of each key, if it is on a grid. A value that is not finite is zeros
-  // with a scale of NaN: it must show in the rows that see it, and 0 * NaN in none.
+  // Beyond the sequence's end are zeros. scales: of each key, if it is on a grid; sums: of its integers. A value that is
+  // not finite is zeros with a scale of NaN: it must show in the rows that see it, and 0 * NaN in none.
   auto packed_keys = [=](long tile) {  // as far as products read
-    return F::kTiled ? std::min(kKeys, ceil_div(length - tile * kKeys, kPanel) * kPanel) : kKeys;
+    return std::min(kKeys, ceil_div(length - tile * kKeys, kPanel) * kPanel);
   };
-  auto pack_keys = [=](long head, long tile, Number* target, float* scales) {
+  auto pack_keys = [=](long head, long tile, Number* target, float* scales, [[maybe_unused]] int32_t* sums) {
     std::vector<Number> row(width);
+    std::vector<float> scratch(width);
     for (long j = 0; j < packed_keys(tile); ++j) {
       const long key = tile * kKeys + j, there = key < length ? dim : 0;
       if (key + kAhead < length) prefetch(key_row(key + kAhead) + head * dim, dim);
-      scales[j] = F::encode(there ? key_row(key) + head * dim : nullptr, there, width, 1.0f, logits, row.data());
+      scales[j] = F::encode(there ? key_row(key) + head * dim : nullptr, there, width, 1.0f, logits, 0,
+                            scratch.data(), row.data());
+      if constexpr (F::kEight)
+        sums[j] = std::accumulate(row.begin(), row.end(), 0, [](int a, int b) { return a + static_cast<int8_t>(b); });
       Number* column = target + j / kPanel * kPanel * width + j % kPanel * inputs;
       for (long i = 0; i < width; i += inputs) std::copy_n(&row[i], inputs, column + i * kPanel);
     }
   };
   auto pack_values = [=](long head, long tile, Number* target, float* scales) {
     std::vector<Number> row(inputs * value_columns);
+    std::vector<float> scratch(value_columns);
     bool finite = true;
     for (long j = 0; j < packed_keys(tile); j += inputs) {
       for (long i = 0; i < inputs; ++i) {
@@ -503,35 +543,35 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
         const float* value = there ? value_row(key) + head * dim : nullptr;
         if (key + kAhead < length) prefetch(value_row(key + kAhead) + head * dim, dim);
         Number* to = &row[i * value_columns];
-        scales[j + i] = F::encode(value, there, value_columns, 1.0f, kValueGrid, to);
-        if (!grid && std::isnan(magnitude(value, there))) {
+        scales[j + i] = F::encode(value, there, value_columns, 1.0f, F::kValueGrid, 0, scratch.data(), to);
+        if (!F::kGrid && std::isnan(magnitude(value, there))) {
           std::fill(to, to + value_columns, Number{0});
           scales[j + i] = NAN;
         }
         finite = finite && !std::isnan(scales[j + i]);
       }
       for (long panel = 0; panel < value_panels; ++panel)
-        for (long i = 0; i < kPanel; ++i)
-          for (long l = 0; l < inputs; ++l)
-            target[(panel * kKeys + j) * kPanel + i * inputs + l] = row[l * value_columns + panel * kPanel + i];
+        F::put_together(&row[panel * kPanel], value_columns, target + (panel * kKeys + j) * kPanel);
     }
     return finite;
   };
   // Packed once for all row tiles: rows of a long sequence lie pages apart and share a few cache sets. In fp32 half of
   // the heads are packed at a time, so that all formats take the room of the keys in fp32.
-  const long heads_at_once = ceil_div(kv_heads, F::kPaired ? 1 : 2), places = heads_at_once * tiles;
+  const long heads_at_once = ceil_div(kv_heads, in_place ? 2 : 1), places = heads_at_once * tiles;
   std::unique_ptr<Number[]> packed(new Number[places * (key_size + value_size)]);
   std::unique_ptr<float[]> steps(new float[places * kKeys * 2]);
+  std::unique_ptr<int32_t[]> sums_of_keys(new int32_t[F::kEight ? places * kKeys : 0]);
   std::unique_ptr<bool[]> finite(new bool[places]);
   Number *all_keys = packed.get(), *all_values = all_keys + places * key_size;
   float *key_steps = steps.get(), *value_steps = key_steps + places * kKeys;
+  int32_t* key_sums = sums_of_keys.get();
   bool* finite_values = finite.get();
   const long row_tiles = ceil_div(rows, tile_rows);
   for (long first_head = 0; first_head < kv_heads; first_head += heads_at_once) {
     const long some_heads = std::min(heads_at_once, kv_heads - first_head);
     parallel_for(threads, some_heads * tiles, [=](long place) {
       const long head = first_head + place / tiles, tile = place % tiles;
-      pack_keys(head, tile, all_keys + place * key_size, key_steps + place * kKeys);
+      pack_keys(head, tile, all_keys + place * key_size, key_steps + place * kKeys, key_sums + place * kKeys);
       finite_values[place] = pack_values(head, tile, all_values + place * value_size, value_steps + place * kKeys);
     });
     parallel_for(threads, row_tiles * some_heads, [=](long task) {
@@ -544,7 +584,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
       const long padded = F::padded_rows(m);
       std::vector<Number> queries(padded * width), own_weights(in_place ? 0 : padded * kKeys);
       std::vector<float> p(padded * kKeys), result(padded * value_columns), top(m, -INFINITY), totals(m * kLanes),
-          query_steps(m), weight_steps(m);
+          query_steps(m), weight_steps(m), scratch(width);
       Number* weights;
       if constexpr (in_place) {
         weights = p.data();
@@ -558,18 +598,20 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
         high = std::max<long>(high, position(r) + 1);
         for (long g = 0; g < group; ++g)
           query_steps[r * group + g] = F::encode(q + (first + r) * ldq + (head * group + g) * dim, dim, width,
-                                                 grid ? scale * kLog2E : scale, logits,
+                                                 F::kGrid ? scale * kLog2E : scale, logits, zero, scratch.data(),
                                                  &queries[(r * group + g) * width]);
       }
       const long start = window > 0 ? std::max<long>(0, low - window + 1) / kKeys : 0;
       for (long tile = start; tile * kKeys < high; ++tile) {
         const long key = tile * kKeys, span = std::min(kKeys, high - key), place = (head - first_head) * tiles + tile;
-        const long used = F::kTiled ? ceil_div(span, kPanel) * kPanel : kKeys;  // what products read of a row
+        const long used = ceil_div(span, kPanel) * kPanel;  // what products read of a row
+        const float *key_step = key_steps + place * kKeys, *value_step = value_steps + place * kKeys;
+        const int32_t* key_sum = F::kEight ? key_sums + place * kKeys : nullptr;
         const Number* values = all_values + place * value_size;
         for (long panel = 0; panel < ceil_div(span, kPanel); ++panel)
           F::multiply(queries.data(), width, m, all_keys + place * key_size + panel * kPanel * width, width,
-                      query_steps.data(), key_steps + place * kKeys + panel * kPanel, p.data() + panel * kPanel, kKeys,
-                      false);
+                      query_steps.data(), zero, key_step + panel * kPanel,
+                      F::kEight ? key_sum + panel * kPanel : nullptr, p.data() + panel * kPanel, kKeys, false);
         for (long r = 0; r < m; ++r) {
           const long at = position(r / group);
           // Visible keys of this tile: begin .. end - 1.
@@ -588,24 +630,29 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
           for (long j = kLanes; j < used; j += kLanes) most = larger(load(row + j), most);
           const float next = std::max(top[r], largest(most));
           Vec sums{};
-          if constexpr (grid) {  // logits are in base 2; each weight takes its value's step along
-            const float* value_step = value_steps + place * kKeys;
+          if constexpr (F::kGrid) {  // logits are in base 2; each weight takes its value's step along
+            const float* step = value_step;
             float seen[kKeys];  // a step that is NaN must not show where its value is hidden
-            if (begin > 0 || end < kKeys) {
-              std::fill(seen, seen + kKeys, 0.0f);
+            if (begin > 0 || end < used) {
+              std::fill(seen, seen + used, 0.0f);
               std::copy(value_step + begin, value_step + end, seen + begin);
-              value_step = seen;
+              step = seen;
             }
             Vec most_scaled = splat(1e-30f), scaled{};
-            for (long j = 0; j < kKeys; j += kLanes) {
-              const Vec e = exp2_coarse(load(row + j) - next), x = e * load(value_step + j);
+            for (long j = 0; j < used; j += kLanes) {
+              const Vec e = exp2_coarse(load(row + j) - next), x = e * load(step + j);
               sums += e;
               scaled += x;
               most_scaled = larger(x, most_scaled);
               store(row + j, x);
             }
             const float not_finite = sum(scaled) * 0.0f;  // NaN if a weight is
-            weight_steps[r] = quantize(row, kKeys, largest(most_scaled) + not_finite, kWeightGrid, 0, weight);
+            const float most_of_all = largest(most_scaled) + not_finite;
+            if constexpr (F::kEight) {
+              weight_steps[r] = quantize_by(offsets.of, row, used, most_of_all, F::kWeightGrid, weight);
+            } else {
+              weight_steps[r] = quantize(row, used, most_of_all, F::kWeightGrid, 0, weight);
+            }
           } else {
             for (long j = 0; j < used; j += kLanes) {
               const Vec x = load(row + j) - next, e = kFormat == Format::kFp32 ? exp(x) : exp2_coarse(x * kLog2E);
@@ -613,23 +660,25 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
               F::put(weight + j, e);
             }
             if (!finite_values[place])
-              for (long j = begin; j < end; ++j) sums += value_steps[place * kKeys + j] * 0.0f;
+              for (long j = begin; j < end; ++j) sums += value_step[j] * 0.0f;
           }
           const float change = top[r] - next;
-          const float shrink = change == 0.0f ? 1.0f : grid ? std::exp2(change) : std::exp(change);
+          const float shrink = change == 0.0f ? 1.0f : F::kGrid ? std::exp2(change) : std::exp(change);
           store(&totals[r * kLanes], load(&totals[r * kLanes]) * shrink + sums);
           if (shrink != 1.0f)
             for (long i = 0; i < value_columns; ++i) result[r * value_columns + i] *= shrink;
           top[r] = next;
         }
         for (long panel = 0; panel < value_panels; ++panel)
-          F::multiply(weights, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), nullptr,
+          F::multiply(weights, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), 0, nullptr, nullptr,
                       result.data() + panel * kPanel, value_columns, true);
       }
       for (long r = 0; r < m; ++r) {
         float* target = out + (first + r / group) * ldo + (head * group + r % group) * dim;
         const float total = sum(load(&totals[r * kLanes]));
-        for (long i = 0; i < dim; ++i) target[i] = result[r * value_columns + i] / total;
+        float* row = &result[r * value_columns];
+        if constexpr (F::kEight) rotate(row, dim, row);
+        for (long i = 0; i < dim; ++i) target[i] = row[i] / total;
       }
     });
   }
@@ -640,8 +689,9 @@ void attention(int precision, int threads, const float* q, long ldq, long rows, 
                const float* prefix_v, long prefix, long heads, long kv_heads, long dim, long window, float scale,
                float* out, long ldo) {
   constexpr Format bf16_format = kBf16Units ? Format::kPairs : Format::kRounded;
+  constexpr Format int8_format = kInt8Units ? Format::kGrid8 : Format::kGrid16;
   const auto in = precision == kBf16 ? attention_in<bf16_format>
-                  : precision == kInt16 ? attention_in<Format::kGrid> : attention_in<Format::kFp32>;
+                  : precision == kInt8 ? attention_in<int8_format> : attention_in<Format::kFp32>;
   in(threads, q, ldq, rows, positions, k, ldk, v, ldv, length, prefix_k, prefix_v, prefix, heads, kv_heads, dim, window,
      scale, out, ldo);
 }
@@ -673,6 +723,7 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
 #define LASTRERANK_STRING(x) LASTRERANK_STRING_(x)
     LASTRERANK_STRING(LASTRERANK_ISA),
     kAmx,
+    kInt8Units ? 8 : 16,
     kPanel,
     packed_f32_size,
     packed_bf16_size,

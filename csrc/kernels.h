@@ -8,8 +8,8 @@
 
 namespace lastrerank {
 
-// As they are; rounded to bf16; integers of 16 bits on a grid a row and head, softmax's weights on one a tile of keys.
-enum Precision : int { kFp32 = 0, kBf16 = 1, kInt16 = 2 };
+// As they are; rounded to bf16; integers on a grid a row and head, softmax's weights on one a row and tile of keys.
+enum Precision : int { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
 
 // Nothing here throws. What returns an int returns 0, or 1 (no memory), 2 (no thread) or 3 (anything else), and has then
 // written some of its output. Shapes are not checked: `lastrerank/ops/shapes.py` does that before a pointer is taken.
@@ -17,6 +17,8 @@ struct Kernels {
   const char* name;
   // Whether linear_widened is faster than linear_f32: on AMX, where bf16 numbers have units of their own.
   bool widened_is_faster;
+  // Bits of what attention multiplies in kInt8: 8 where the processor has units for them, 16 elsewhere, as fast there.
+  int attention_bits;
   // Columns of a packed panel.
   int panel;
 

@@ -70,7 +70,7 @@ LASTRERANK_INLINE void in_spans(long steps, Vec (&acc)[R][2], const Add& add) {
 
 // ---- fp32 ---------------------------------------------------------------------------------------------------------
 
-constexpr long kDepth = 256;  // steps of a span
+constexpr long kDepth = 128;  // steps of a span
 
 // c[R, columns] (+)= a[R, k] @ panel[k, kPanel]. a is in rows of `lda`, or kRows rows interleaved.
 template <int R, bool kInterleaved>
@@ -92,7 +92,7 @@ LASTRERANK_TILE void tile_f32(const float* __restrict a, long lda, const float* 
 }
 
 // acc[R, kPanel] = sums of kDot over words of 32 bits, two or four inputs each: `steps` of each row of a and of a
-// panel's columns. a's rows are `row` bytes apart, its steps `step`.
+// panel's columns. a's rows are `row` bytes apart, its steps `step`. acc is aligned: Sums forgets that vectors needn't be.
 template <auto kDot, int R, typename Sums>
 LASTRERANK_INLINE void multiply_words(const void* a, long row, long step, const void* panel, long steps,
                                       Sums (&acc)[R][2]) {
@@ -137,7 +137,7 @@ template <int R, bool kInterleaved>
 LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uint16_t* __restrict panel, long pairs,
                                float* c, long ldc, bool accumulate, long columns) {
   constexpr long step = kInterleaved ? 2 * kRows : 2;
-  Vec acc[R][2];
+  alignas(4 * kLanes) Vec acc[R][2];
   in_spans<kDepth>(pairs, acc, [&](long from, long to) {
     multiply_words<dot2_bf16>(a + from * step, kInterleaved ? 4 : 2 * lda, 2 * step, panel + from * 2 * kPanel, to - from,
                               acc);
@@ -174,7 +174,7 @@ LASTRERANK_TILE void tile_widened(const float* __restrict a, const uint16_t* __r
 
 // ---- integers of 16 bits ------------------------------------------------------------------------------------------
 
-// acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], signed. Without VNNI as many multiplications as for 8 bits.
+// acc[j] += a[0] * b[2j] + a[1] * b[2j + 1], signed. Without units for 8 bits as many multiplications as for those.
 #if defined(__AVX512VNNI__)
 LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
   return (IVec)_mm512_dpwssd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
@@ -194,51 +194,38 @@ LASTRERANK_INLINE IVec dot2_i16(IVec acc, uint32_t a, UVec b) {
 }
 #endif
 
-// c[R, kPanel] (+)= a[R, 2 pairs] @ panel * row_scales, * column_scales unless null. The caller sees to it that no sum
-// overflows.
-template <int R>
-LASTRERANK_TILE void tile_i16(const int16_t* __restrict a, long lda, const int16_t* __restrict panel, long pairs,
-                              const float* row_scales, const float* column_scales, float* c, long ldc,
-                              bool accumulate) {
-  IVec acc[R][2];
-  multiply_words<dot2_i16>(a, 2 * lda, 4, panel, pairs, acc);
-  Vec scaled[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-    for (int half = 0; half < 2; ++half) {
-      scaled[r][half] = __builtin_convertvector(acc[r][half], Vec) * row_scales[r];
-      if (column_scales != nullptr) scaled[r][half] *= load(column_scales + half * kLanes);
-    }
-  store_tile<R>(scaled, c, ldc, accumulate, kPanel);
-}
-
 // ---- integers of 8 bits -------------------------------------------------------------------------------------------
 
-// acc[j] += sum of a[0..3] * b[4j .. 4j + 3]: b signed 7 bits; a 8 bits around kZero, unsigned on x86, where the
-// pairwise 16-bit sums of maddubs can't saturate (2 * 255 * 64 < 32768).
+// acc[j] += sum of a[0..3] * b[4j .. 4j + 3]: b signed, a 8 bits around kZero, unsigned on x86. Without units for it b is
+// of 7 bits, so that the pairwise 16-bit sums of maddubs can't saturate (2 * 255 * 64 < 32768).
 #if defined(__AVX512VNNI__)
+constexpr bool kInt8Units = true;
 constexpr int kZero = 128;
 LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
   return (IVec)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
 }
 #elif defined(__AVX512BW__)
+constexpr bool kInt8Units = false;
 constexpr int kZero = 128;
 LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
   const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi32(static_cast<int>(a)), (__m512i)b);
   return (IVec)_mm512_add_epi32((__m512i)acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 #elif defined(__AVX2__)
+constexpr bool kInt8Units = false;
 constexpr int kZero = 128;
 LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32(static_cast<int>(a)), (__m256i)b);
   return (IVec)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kInt8Units = true;
 constexpr int kZero = 0;
 LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
   return (IVec)vdotq_s32((int32x4_t)acc, (int8x16_t)vdupq_n_u32(a), (int8x16_t)b);
 }
 #else
+constexpr bool kInt8Units = false;
 constexpr int kZero = 0;
 LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
 #pragma GCC unroll 4
@@ -248,23 +235,30 @@ LASTRERANK_INLINE IVec dot4(IVec acc, uint32_t a, UVec b) {
 }
 #endif
 
-template <int R>
-LASTRERANK_TILE void tile_i8(const uint8_t* __restrict a, long lda, const float* row_scales,
-                             const int8_t* __restrict panel, long groups, const float* scales, const int32_t* sums,
-                             const float* bias, float* c, long ldc, long columns) {
-  IVec acc[R][2];
-  multiply_words<dot4>(a, lda, 4, panel, groups, acc);
+// c[R, columns] (+)= (a[R, words] @ panel - zero * sums) * row_scales * scales + bias: of integers, a word four of 8 bits
+// or two of 16. sums: of a column's numbers, where a's are around `zero`; none, and no scales or bias: null. The caller
+// sees to it that no sum overflows.
+template <int R, typename Number>
+LASTRERANK_TILE void tile_integers(const Number* __restrict a, long lda, const float* row_scales, int zero,
+                                   const void* panel, long words, const float* scales, const int32_t* sums,
+                                   const float* bias, float* c, long ldc, bool accumulate, long columns) {
+  alignas(4 * kLanes) IVec acc[R][2];
+  if constexpr (sizeof(Number) == 1) {
+    multiply_words<dot4>(a, lda, 4, panel, words, acc);
+  } else {
+    multiply_words<dot2_i16>(a, 2 * lda, 4, panel, words, acc);
+  }
   Vec products[R][2];
   for (int half = 0; half < 2; ++half) {
     const long at = half * kLanes;
-    // x = row_scale * (a - kZero), so the weights' sum is taken off that often.
-    const IVec zero = kZero == 0 ? IVec{} : kZero * load_some(sums, at, columns);
-    const Vec scale = load_some(scales, at, columns), shift = bias == nullptr ? Vec{} : load_some(bias, at, columns);
+    const IVec offset = sums == nullptr ? IVec{} : zero * load_some(sums, at, columns);
+    const Vec scale = scales == nullptr ? splat(1.0f) : load_some(scales, at, columns),
+              shift = bias == nullptr ? Vec{} : load_some(bias, at, columns);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
-      products[r][half] = __builtin_convertvector(acc[r][half] - zero, Vec) * (row_scales[r] * scale) + shift;
+      products[r][half] = __builtin_convertvector(acc[r][half] - offset, Vec) * (row_scales[r] * scale) + shift;
   }
-  store_tile<R>(products, c, ldc, false, columns);
+  store_tile<R>(products, c, ldc, accumulate, columns);
 }
 
 }  // namespace

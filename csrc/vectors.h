@@ -47,12 +47,10 @@ inline void prefetch(const float* p, long n) {
 }
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline IVec load(const int32_t* p) { return *reinterpret_cast<const IVec*>(p); }
 // The numbers from `at` of the n at p, zeros beyond.
-template <typename Number>
-inline auto load_some(const Number* p, long at, long n) {
+inline Vec load_some(const float* p, long at, long n) {
   if (at + kLanes <= n) return load(p + at);
-  Number some[kLanes] = {};
+  float some[kLanes] = {};
   for (long i = at; i < n; ++i) some[i - at] = p[i];
   return load(some);
 }
@@ -73,6 +71,12 @@ inline UVec load_words(const void* p) {
   UVec v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+inline IVec load_some(const int32_t* p, long at, long n) {
+  if (at + kLanes <= n) return (IVec)load_words(p + at);
+  int32_t some[kLanes] = {};
+  for (long i = at; i < n; ++i) some[i - at] = p[i];
+  return (IVec)load_words(some);
 }
 inline uint32_t load_word(const void* p) {
   uint32_t pair;
@@ -289,6 +293,18 @@ inline float quantize(const float* x, long n, float largest, float grid, int zer
     } else {
       std::fill(out, out + some, static_cast<Integer>(zero));
     }
+  }
+  return largest / grid;
+}
+
+// The same of numbers that are not negative, rounded up where what is beyond the step is more than 1 - offsets, numbers
+// below 1: beside a large number many small ones are all nearest to zero, but together they weigh something.
+inline float quantize_by(const float* offsets, const float* x, long n, float largest, float grid, uint8_t* out) {
+  typedef uint8_t Short __attribute__((vector_size(kLanes), aligned(1)));
+  const float inverse = largest == largest ? grid / largest : 0.0f;
+  for (long i = 0; i < n; i += kLanes) {
+    const Vec v = inverse > 0.0f ? load(x + i) * inverse + load(offsets + i) : Vec{};
+    *reinterpret_cast<Short*>(out + i) = __builtin_convertvector(__builtin_convertvector(v, IVec), Short);
   }
   return largest / grid;
 }

@@ -57,6 +57,31 @@ float rounded(float x) {
   return x;
 }
 
+// Blocks of a row times the Walsh-Hadamard matrix of their size.
+void rotate(std::vector<double>& row) {
+  const long n = row.size(), block = std::min<long>(64, n & -n);
+  const std::vector<double> before = row;
+  for (long i = 0; i < n; ++i) {
+    row[i] = 0;
+    for (long j = 0; j < block; ++j)
+      row[i] += before[i / block * block + j] * (__builtin_popcountl(i % block & j) % 2 ? -1 : 1) / std::sqrt(block);
+  }
+}
+
+// What attention multiplies of n numbers: as they are, rounded to bf16, or on a grid after rotation, turned back.
+std::vector<double> multiplied(const float* x, long n, double factor, int precision, int bits) {
+  std::vector<double> row(n);
+  for (long i = 0; i < n; ++i)
+    row[i] = precision == lastrerank::kBf16 ? rounded(x[i] * float(factor)) : x[i] * factor;
+  if (precision != lastrerank::kInt8 || bits != 8) return row;
+  rotate(row);
+  double largest = 0;
+  for (double y : row) largest = std::max(largest, std::fabs(y));
+  for (double& y : row) y = std::round(y / largest * 127) * largest / 127;
+  rotate(row);
+  return row;
+}
+
 bool close(double a, double b, double tolerance) { return std::fabs(a - b) <= tolerance * (1 + std::fabs(b)); }
 
 void linears(const Kernels& k, std::mt19937& rng, int threads) {
@@ -194,27 +219,33 @@ void attention(const Kernels& k, std::mt19937& rng, int threads, int precision) 
   const long at = shared * ld, own = length - shared;
   k.attention(precision, threads, qkv.data + at, ld, own, nullptr, first_k + at, ld, first_v + at, ld, own, first_k,
               first_v, shared, heads, kv_heads, dim, window, 0.3f, qkv.data + at, ld);
-  // In bf16 the truth is of rounded numbers; what remains is softmax's weights, rounded by up to 2^-9.
-  const bool bf16 = precision == lastrerank::kBf16;
-  auto number = [=](float x) { return bf16 ? rounded(x) : x; };
-  const double tolerance = precision == lastrerank::kFp32 ? 1e-4 : bf16 ? 1e-2 : 5e-3;
+  // The truth is of what is multiplied, in 16 bits of what it is made of. What remains is softmax's weights, rounded by up
+  // to 2^-9 of each in bf16, in 8 bits by up to a 255th of the largest.
+  const bool int8 = precision == lastrerank::kInt8;
+  const double tolerance = precision == lastrerank::kFp32 ? 1e-4 : !int8 ? 1e-2 : k.attention_bits == 8 ? 1e-1 : 5e-3;
+  std::vector<std::vector<double>> own_keys, own_values;
+  for (long j = 0; j < length * kv_heads; ++j) {
+    const long from = j / kv_heads * ld + j % kv_heads * dim;
+    own_keys.push_back(multiplied(keys + from, dim, 1, precision, k.attention_bits));
+    own_values.push_back(multiplied(values + from, dim, 1, precision, k.attention_bits));
+  }
   bool right = true;
   for (long i = 0; i < length; i += 7)
     for (long h = 0; h < heads; ++h) {
       const long first = window > 0 ? std::max<long>(0, i - window + 1) : 0;
+      const auto query = multiplied(q + i * ld + h * dim, dim, 0.3f, precision, k.attention_bits);
       std::vector<double> p;
       double top = -1e300, total = 0;
       for (long j = first; j <= i; ++j) {
         double s = 0;
-        for (long c = 0; c < dim; ++c)
-          s += double(number(q[i * ld + h * dim + c] * 0.3f)) * number(keys[j * ld + h / group * dim + c]);
+        for (long c = 0; c < dim; ++c) s += query[c] * own_keys[j * kv_heads + h / group][c];
         p.push_back(s);
         top = std::max(top, p.back());
       }
       for (double& s : p) total += s = std::exp(s - top);
       for (long c = 0; c < dim; ++c) {
         double s = 0;
-        for (long j = first; j <= i; ++j) s += p[j - first] / total * number(values[j * ld + h / group * dim + c]);
+        for (long j = first; j <= i; ++j) s += p[j - first] / total * own_values[j * kv_heads + h / group][c];
         right &= close(qkv.data[i * ld + h * dim + c], s, tolerance);
       }
     }
@@ -228,7 +259,7 @@ void all(unsigned seed, int rounds, int threads) {
       linears(*k, rng, threads);
       gated(*k, rng, threads);
       rows(*k, rng, threads);
-      for (int precision : {lastrerank::kFp32, lastrerank::kBf16, lastrerank::kInt16})
+      for (int precision : {lastrerank::kFp32, lastrerank::kBf16, lastrerank::kInt8})
         attention(*k, rng, threads, precision);
     }
 }

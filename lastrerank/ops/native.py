@@ -5,12 +5,13 @@ fp32 activations between operations, and one of three precisions of what is mult
 - float32: numbers as they are; on AMX, where weights are bf16 numbers, as three bf16 numbers each, which is as exact.
 - bfloat16: weights are stored in bf16, and what they multiply is rounded to bf16 (to nearest, ties to even) as it comes
   in; likewise queries, keys, values and softmax's weights in attention. Products are exact, sums in fp32. What is
-  rounded is the same on every processor, but for softmax's weights, which AMX has in larger tiles, under another
-  maximum: one with units for bf16 multiplies faster, any other needs half the memory all the same.
+  rounded is the same on every processor: one with units for bf16 multiplies faster, any other needs half the memory all
+  the same.
 - int8: weights 7 bits and symmetric per output, activations 8 bits and symmetric per row, both rotated first
-  (`lastrerank.rotation`), so that none is far larger than the others; integer accumulation. In attention integers of 16
-  bits, symmetric per row and head, softmax's weights per row and tile of 64 keys: without VNNI that takes no more
-  multiplications than 8 bits do. On AMX attention is that of bfloat16.
+  (`lastrerank.rotation`), so that none is far larger than the others; integer accumulation. In attention integers of 8
+  bits, rotated likewise, symmetric per row and head, softmax's weights per row and tile of 256 keys; of 16 bits where
+  the processor has no units for 8 (VNNI, Arm's dot product): no more multiplications there. On AMX attention is that of
+  bfloat16.
 
 What the kernels don't do better than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
 
@@ -44,7 +45,7 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 9
+_VERSION = 10
 # What attention multiplies (Precision of kernels.h), by the dtype that was asked for.
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _B, _I, _L, _F, _P = ctypes.c_bool, ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
@@ -56,6 +57,7 @@ class _Kernels(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
         ("widened_is_faster", _B),
+        ("attention_bits", _I),
         ("panel", _I),
         ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_bf16_size", ctypes.CFUNCTYPE(_L, _L, _L)),
@@ -132,11 +134,12 @@ class NativeOperations(ReferenceOperations):
             raise RuntimeError(f"LASTRERANK_ISA is {forced!r}, this processor and library have {list(tables)}")
         self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
         self.dtype = dtype
-        # Tiles multiply bf16 numbers several times as fast as anything else does integers of 16 bits.
+        # Tiles multiply bf16 numbers several times as fast as anything else does integers.
         attended = torch.bfloat16 if dtype == torch.int8 and self.kernels.name == b"amx" else dtype
         self._precision = _PRECISIONS[attended]
         if dtype == torch.int8:
-            self.rounding = f"rotated by {MOST_ROTATED}, attention {'in 16 bits' if attended == dtype else 'in bf16'}"
+            how = f"in {self.kernels.attention_bits} bits" if attended == dtype else "in bf16"
+            self.rounding = f"rotated by {MOST_ROTATED}, attention {how}"
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
