@@ -50,10 +50,11 @@ def agreement(root: Path, model: str, queries: int) -> list[dict[str, Any]]:
             found = reranker.rerank_many(requests, progress=False)
             pairs = list(zip(found, expected, strict=True))
             taus = [kendall_tau([r["index"] for r in a], [r["index"] for r in b]) for a, b in pairs]
-            gap = max(float(np.abs(_scores(a) - _scores(b)).max()) for a, b in pairs)
+            gaps = np.concatenate([_scores(a) - _scores(b) for a, b in pairs])
             rows.append(
                 {"part": "agreement", "dataset": name, "what": which, "lists": len(taus),
-                 "mean_tau": float(np.mean(taus)), "min_tau": min(taus), "max_difference": gap}
+                 "mean_tau": float(np.mean(taus)), "min_tau": min(taus), "max_difference": float(np.abs(gaps).max()),
+                 "rms_difference": float(np.sqrt((gaps**2).mean()))}
             )  # fmt: skip
             log(json.dumps(rows[-1]))
     return rows

@@ -400,11 +400,10 @@ constexpr Offsets offsets;
 template <Format kFormat>
 struct Of {
   static constexpr bool kEight = kFormat == Format::kGrid8, kGrid = kEight || kFormat == Format::kGrid16;
-  static constexpr bool kPaired = kFormat == Format::kPairs || kFormat == Format::kGrid16;
   // Whether AMX multiplies them: rows are filled up to whole registers, inputs to whole steps.
   static constexpr bool kTiled = kAmx && kFormat == Format::kPairs;
-  using Number = std::conditional_t<kEight, uint8_t, std::conditional_t<kFormat == Format::kGrid16, int16_t,
-                                    std::conditional_t<kPaired, uint16_t, float>>>;
+  using Integer = std::conditional_t<kEight, uint8_t, int16_t>;
+  using Number = std::conditional_t<kGrid, Integer, std::conditional_t<kFormat == Format::kPairs, uint16_t, float>>;
   static constexpr long kInputs = 4 / sizeof(Number);                     // of a lane
   static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
   static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together

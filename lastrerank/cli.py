@@ -349,7 +349,7 @@ def serve(
     )  # fmt: skip
     entry = {"message": "ready", "model": names, "address": listen.address(bound, has_tls=ssl_certfile is not None),
              "seconds": round(time.perf_counter() - started, 2)}  # fmt: skip
-    print(json.dumps(entry), file=sys.stderr, flush=True)
+    listen.log(entry)
     listen.serve(
         application, engine, bound, limits, drain_seconds=drain_timeout, keep_alive=keep_alive, root_path=root_path,
         certificate=ssl_certfile, key=ssl_keyfile,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -41,15 +43,30 @@ def test_importing_needs_little():
 
 def test_a_cuda_build_of_torch_fits_beside_everything_declared():
     """It brings a Triton of its own version (2.11: 3.6.0, 2.13: 3.7.1) and NVIDIA's libraries: nothing here may pin
-    one. `pip install '.[test]'` and `make test` could not be resolved there otherwise."""
+    one. `make test` could not be resolved there otherwise."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = text[text.index("[project.optional-dependencies]") : text.index("[project.urls]")]
+    groups = text[text.index("[dependency-groups]") : text.index("[tool.scikit-build]")]
     required = text[text.index("dependencies = [") : text.index("[project.optional-dependencies]")]
-    declared = re.findall(r'"([\w.-]+)[^"]*"', required + extras)
+    declared = re.findall(r'"([\w.-]+)[^"]*"', required + extras + groups)
     constrained = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert "pytest" in declared and "torch" in constrained  # the expressions find something
+    assert "serve" in extras and "pytest" not in extras  # what developing needs is not published
     brought = re.compile(r"triton|pytorch-triton|nvidia|cuda")
     assert [name for name in declared + constrained if brought.match(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "library", "extra"),
+    [("haystack", "haystack", "haystack"), ("langchain", "langchain_core", "langchain"),
+     ("llama_index", "llama_index", "llama-index"), ("mteb", "mteb", "mteb"), ("ray", "ray", "ray"),
+     ("rerankers", "rerankers", "rerankers")],
+)  # fmt: skip
+def test_an_adapter_without_its_library_says_how_it_is_installed(adapter, library, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"lastrerank.integrations.{adapter}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=rf"{library}.*pip install 'lastrerank\[{extra}\]'"):
+        importlib.import_module(f"lastrerank.integrations.{adapter}")
 
 
 def test_root_folders():

@@ -368,19 +368,22 @@ def test_a_taken_port_shows_before_a_model_is_loaded():
 
 @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
 def test_a_unix_socket_goes_with_its_server(tmp_path):
+    """And all that the server says is of one format."""
     path = tmp_path / "socket"
     process = subprocess.Popen(
         [sys.executable, "-m", "lastrerank", "serve", "--uds", str(path)], stderr=subprocess.PIPE, text=True
     )
     try:
-        assert json.loads(next(line for line in process.stderr if '"ready"' in line))["address"] == str(path)
+        ready = json.loads(next(line for line in process.stderr if '"ready"' in line))
+        assert ready["address"] == str(path)
         with socket.socket(socket.AF_UNIX) as client:
             deadline = time.monotonic() + 60
             while client.connect_ex(str(path)):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        lines = [ready, *map(json.loads, process.communicate(timeout=60)[1].splitlines())]
+        assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
         assert not path.exists()
     finally:
         process.kill()

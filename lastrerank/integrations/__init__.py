@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around the import of a library: what isn't there says how it is installed.
+
+    Raises:
+        ImportError: with the command; a ModuleNotFoundError where a module is missing altogether.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise type(error)(f"{error}: pip install 'lastrerank[{extra}]'", name=error.name) from error
 
 
 def as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from haystack import Document, component, default_from_dict, default_to_dict
-
-from lastrerank.integrations import as_json
+from lastrerank.integrations import as_json, needs
 from lastrerank.reranker import Reranker
+
+with needs("haystack"):
+    from haystack import Document, component, default_from_dict, default_to_dict
 
 
 @component

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.callbacks import Callbacks
-from langchain_core.cross_encoders import BaseCrossEncoder
-from langchain_core.documents import BaseDocumentCompressor, Document
-from langchain_core.runnables import run_in_executor
-from pydantic import ConfigDict, Field
-
-from lastrerank.integrations import as_json
+from lastrerank.integrations import as_json, needs
 from lastrerank.reranker import Reranker
+
+with needs("langchain"):
+    from langchain_core.callbacks import Callbacks
+    from langchain_core.cross_encoders import BaseCrossEncoder
+    from langchain_core.documents import BaseDocumentCompressor, Document
+    from langchain_core.runnables import run_in_executor
+    from pydantic import ConfigDict, Field
 
 
 class LastrerankRerank(BaseDocumentCompressor):

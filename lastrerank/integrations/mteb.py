@@ -13,10 +13,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from mteb.models.model_meta import ModelMeta
 
+from lastrerank.integrations import needs
 from lastrerank.request import RerankRequest
 from lastrerank.reranker import Reranker
+
+with needs("mteb"):
+    from mteb.models.model_meta import ModelMeta
 
 
 class MtebReranker:

@@ -10,13 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray import serve
-
 from lastrerank.engine import Engine
 from lastrerank.evaluation.beir import BeirDataset
 from lastrerank.evaluation.run import Ranking, rerank_run
+from lastrerank.integrations import needs
 from lastrerank.reranker import Reranker
+
+with needs("ray"):
+    import ray
+    from ray import serve
 
 
 def deployment(

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from rerankers.documents import Document
-from rerankers.models import AVAILABLE_RANKERS
-from rerankers.models.ranker import BaseRanker
-from rerankers.results import RankedResults, Result
-from rerankers.utils import prep_docs
-
 from lastrerank.families import Cosine
+from lastrerank.integrations import needs
 from lastrerank.reranker import Reranker
+
+with needs("rerankers"):
+    from rerankers.documents import Document
+    from rerankers.models import AVAILABLE_RANKERS
+    from rerankers.models.ranker import BaseRanker
+    from rerankers.results import RankedResults, Result
+    from rerankers.utils import prep_docs
 
 
 class LastrerankRanker(BaseRanker):

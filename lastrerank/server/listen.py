@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import logging.config
 import os
 import resource
 import socket
@@ -269,6 +270,12 @@ _LOGS: dict[str, Any] = {
         name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("uvicorn", "lastrerank")
     },
 }  # fmt: skip
+
+
+def log(entry: dict[str, Any]) -> None:
+    """A line of the server's log before it serves."""
+    logging.config.dictConfig(_LOGS)
+    logger.info(entry["message"], extra={"entry": entry})
 
 
 def address(bound: socket.socket, has_tls: bool = False) -> str:
