@@ -407,7 +407,7 @@ struct Of {
   static constexpr long kInputs = 4 / sizeof(Number);                     // of a lane
   static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
   static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together
-  // Steps of grids to either side of zero, but for softmax's weights, which are none below it. A tile's sum must fit.
+  // Steps of grids to either side of zero, but for softmax's weights, none of which is below it.
   static constexpr float kWeightGrid = kEight ? (kZero == 0 ? 127.0f : 255.0f) : 4095.0f,
                          kValueGrid = kEight ? 127.0f : 2047.0f;
   static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");

@@ -139,8 +139,8 @@ LASTRERANK_TILE void tile_bf16(const uint16_t* __restrict a, long lda, const uin
   constexpr long step = kInterleaved ? 2 * kRows : 2;
   alignas(4 * kLanes) Vec acc[R][2];
   in_spans<kDepth>(pairs, acc, [&](long from, long to) {
-    multiply_words<dot2_bf16>(a + from * step, kInterleaved ? 4 : 2 * lda, 2 * step, panel + from * 2 * kPanel, to - from,
-                              acc);
+    multiply_words<dot2_bf16>(a + from * step, kInterleaved ? 4 : 2 * lda, 2 * step, panel + from * 2 * kPanel,
+                              to - from, acc);
   });
   store_tile<R>(acc, c, ldc, accumulate, columns);
 }
