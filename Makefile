@@ -35,13 +35,13 @@ bench: .venv/test
 	touch $@
 
 .venv/test: .venv/demo
-	$(BIN)/python -m pip install --quiet $(GROUPS)
+	$(BIN)/python -m pip install --quiet $(NEWER_PIP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test
 	$(TRITON)
 	touch $@
 
 # The pip that knows pyproject.toml's dependency groups; `python -m venv` brings older ones.
-GROUPS := 'pip>=25.1'
+NEWER_PIP := 'pip>=25.1'
 
 # Triton is the one that PyTorch brings; its CPU build brings none, and the kernels' tests want one to interpret them.
 TRITON = case "$$(uname -sm)" in "Linux x86_64") $(BIN)/python -c 'import triton' 2>/dev/null || \
@@ -87,7 +87,7 @@ bench-pairs-peers: .venv-integrations/done
 # On a machine with a GPU: is everything right there, how fast is it, and one file to send. PyTorch brings its Triton.
 .venv-gpu/done: pyproject.toml constraints.txt
 	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet $(GROUPS)
+	.venv-gpu/bin/python -m pip install --quiet $(NEWER_PIP)
 	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group test
 	touch $@
 
@@ -153,13 +153,13 @@ test-load: .venv/test
 
 .venv-bench/done: pyproject.toml constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch numpy $(GROUPS)
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch numpy $(NEWER_PIP)
 	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable . --group test --group peers
 	touch $@
 
 .venv-integrations/done: pyproject.toml constraints.txt
 	test -x .venv-integrations/bin/python || $(PYTHON) -m venv .venv-integrations
-	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt torch numpy $(GROUPS)
+	.venv-integrations/bin/python -m pip install --quiet --constraint constraints.txt torch numpy $(NEWER_PIP)
 	.venv-integrations/bin/python -m pip install --quiet --group integrations \
 		--editable '.[langchain,llama-index,haystack,rerankers,mteb,ray,serve,eval]'
 	touch $@

@@ -204,7 +204,7 @@ inline void product_bf16(const RowView& a, long rows, const void* panel, long st
   for (long r = 0; r < rows; ++r) std::memcpy(c + r * ldc, whole[r], columns * sizeof(float));
 }
 
-// The same of integers, as `tile_i8`.
+// The same of integers of 8 bits around 0, scaled as in `tile_integers`.
 inline void product_i8(const RowView& a, long rows, const float* row_scales, const void* panel, long steps,
                        const float* scales, const float* bias, float* c, long ldc, long columns, const Fetch& fetch) {
   int32_t whole[kPairRows][kPanel];

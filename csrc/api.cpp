@@ -89,7 +89,7 @@ const Kernels* const* available() {
 }  // namespace
 
 // Raised whenever a signature changes; the Python side refuses a library of another version.
-LASTRERANK_EXPORT int lastrerank_version() { return 10; }
+LASTRERANK_EXPORT int lastrerank_version() { return 11; }
 
 // The kernels of instruction set number i, best first, or null.
 LASTRERANK_EXPORT const Kernels* lastrerank_kernels(int i) {

@@ -192,7 +192,7 @@ void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, c
   const long pairs = bf16_pairs(k), size = 2 * pairs * kRows;
   const auto storage = interleaved<Input>(threads, m, size, [=](long row, Input* tile, long r) {
     for (long at = 0; at < 2 * pairs; at += kLanes) {
-      const Vec v = at < k ? load_some(x + row * ldx, at, k) : Vec{};
+      const Vec v = load_some(x + row * ldx, at, k);
       Input numbers[kLanes];
       if constexpr (in_pairs) {
         store_bf16(numbers, v);
@@ -391,7 +391,7 @@ constexpr float kLog2E = 1.44269504f;
 // For quantize_by, of each key of a tile: evenly spread in every stretch of keys.
 struct Offsets {
   constexpr Offsets() : of() {
-    for (int i = 0; i < kKeys; ++i) of[i] = static_cast<float>(i * 159 % 256) / 256.0f + 1.0f / 512.0f;
+    for (int i = 0; i < kKeys; ++i) of[i] = (static_cast<float>(i * 159 % kKeys) + 0.5f) / kKeys;
   }
   float of[kKeys];
 };
@@ -408,8 +408,8 @@ struct Of {
   static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
   static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together
   // Steps of grids to either side of zero, but for softmax's weights, none of which is below it.
-  static constexpr float kWeightGrid = kEight ? (kZero == 0 ? 127.0f : 255.0f) : 4095.0f,
-                         kValueGrid = kEight ? 127.0f : 2047.0f;
+  static constexpr float kWeightGrid = kEight ? (kZero == 0 ? 127.0f : 255.0f) : 2895.0f,
+                         kValueGrid = kEight ? 127.0f : 2895.0f;
   static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 
   // The same of queries and keys, whose sum is over a head's width.
@@ -687,8 +687,8 @@ void attention(int precision, int threads, const float* q, long ldq, long rows, 
                const float* k, long ldk, const float* v, long ldv, long length, const float* prefix_k,
                const float* prefix_v, long prefix, long heads, long kv_heads, long dim, long window, float scale,
                float* out, long ldo) {
-  constexpr Format bf16_format = kBf16Units ? Format::kPairs : Format::kRounded;
-  constexpr Format int8_format = kInt8Units ? Format::kGrid8 : Format::kGrid16;
+  constexpr Format bf16_format = kBf16Units ? Format::kPairs : Format::kRounded,
+                   int8_format = kAmx ? bf16_format : kInt8Units ? Format::kGrid8 : Format::kGrid16;
   const auto in = precision == kBf16 ? attention_in<bf16_format>
                   : precision == kInt8 ? attention_in<int8_format> : attention_in<Format::kFp32>;
   in(threads, q, ldq, rows, positions, k, ldk, v, ldv, length, prefix_k, prefix_v, prefix, heads, kv_heads, dim, window,
@@ -722,7 +722,7 @@ extern const Kernels LASTRERANK_JOIN(kernels_, LASTRERANK_ISA) = {
 #define LASTRERANK_STRING(x) LASTRERANK_STRING_(x)
     LASTRERANK_STRING(LASTRERANK_ISA),
     kAmx,
-    kInt8Units ? 8 : 16,
+    kAmx ? "in bf16" : kInt8Units ? "in 8 bits" : "in 16 bits",
     kPanel,
     packed_f32_size,
     packed_bf16_size,

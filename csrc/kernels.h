@@ -17,8 +17,9 @@ struct Kernels {
   const char* name;
   // Whether linear_widened is faster than linear_f32: on AMX, where bf16 numbers have units of their own.
   bool widened_is_faster;
-  // Bits of what attention multiplies in kInt8: 8 where the processor has units for them, 16 elsewhere, as fast there.
-  int attention_bits;
+  // What attention multiplies in kInt8: bf16 numbers on AMX, integers of 8 bits on other processors with units for them,
+  // elsewhere of 16, as fast there. "in bf16", "in 8 bits", "in 16 bits".
+  const char* int8_attention;
   // Columns of a packed panel.
   int panel;
 

@@ -297,14 +297,18 @@ inline float quantize(const float* x, long n, float largest, float grid, int zer
   return largest / grid;
 }
 
-// The same of numbers that are not negative, rounded up where what is beyond the step is more than 1 - offsets, numbers
-// below 1: beside a large number many small ones are all nearest to zero, but together they weigh something.
+// The same of n numbers, whole vectors of them, none below 0: rounded up where what is left of a step and its offset,
+// one in (0, 1), make a whole one. Beside a large number many small ones are all nearest to zero, but together they
+// weigh something.
 inline float quantize_by(const float* offsets, const float* x, long n, float largest, float grid, uint8_t* out) {
   typedef uint8_t Short __attribute__((vector_size(kLanes), aligned(1)));
-  const float inverse = largest == largest ? grid / largest : 0.0f;
-  for (long i = 0; i < n; i += kLanes) {
-    const Vec v = inverse > 0.0f ? load(x + i) * inverse + load(offsets + i) : Vec{};
-    *reinterpret_cast<Short*>(out + i) = __builtin_convertvector(__builtin_convertvector(v, IVec), Short);
+  if (largest == largest) {
+    for (long i = 0; i < n; i += kLanes) {
+      const Vec v = load(x + i) * (grid / largest) + load(offsets + i);
+      *reinterpret_cast<Short*>(out + i) = __builtin_convertvector(__builtin_convertvector(v, IVec), Short);
+    }
+  } else {
+    std::fill(out, out + n, uint8_t{0});
   }
   return largest / grid;
 }

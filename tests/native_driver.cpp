@@ -68,12 +68,11 @@ void rotate(std::vector<double>& row) {
   }
 }
 
-// What attention multiplies of n numbers: as they are, rounded to bf16, or on a grid after rotation, turned back.
-std::vector<double> multiplied(const float* x, long n, double factor, int precision, int bits) {
+// What attention multiplies of n numbers: as they are, rounded to bf16, or on a grid of 8 bits after rotation, turned back.
+std::vector<double> multiplied(const float* x, long n, double factor, const std::string& how) {
   std::vector<double> row(n);
-  for (long i = 0; i < n; ++i)
-    row[i] = precision == lastrerank::kBf16 ? rounded(x[i] * float(factor)) : x[i] * factor;
-  if (precision != lastrerank::kInt8 || bits != 8) return row;
+  for (long i = 0; i < n; ++i) row[i] = how == "in bf16" ? rounded(x[i] * float(factor)) : x[i] * factor;
+  if (how != "in 8 bits") return row;
   rotate(row);
   double largest = 0;
   for (double y : row) largest = std::max(largest, std::fabs(y));
@@ -219,21 +218,23 @@ void attention(const Kernels& k, std::mt19937& rng, int threads, int precision) 
   const long at = shared * ld, own = length - shared;
   k.attention(precision, threads, qkv.data + at, ld, own, nullptr, first_k + at, ld, first_v + at, ld, own, first_k,
               first_v, shared, heads, kv_heads, dim, window, 0.3f, qkv.data + at, ld);
-  // The truth is of what is multiplied, in 16 bits of what it is made of. What remains is softmax's weights, rounded by up
-  // to 2^-9 of each in bf16, in 8 bits by up to a 255th of the largest.
-  const bool int8 = precision == lastrerank::kInt8;
-  const double tolerance = precision == lastrerank::kFp32 ? 1e-4 : !int8 ? 1e-2 : k.attention_bits == 8 ? 1e-1 : 5e-3;
+  // The truth is of what is multiplied, in 16 bits of what it is made of. What remains is softmax's weights, rounded by
+  // up to 2^-9 of each in bf16, in 8 bits by up to a 255th of the largest.
+  const std::string how = precision == lastrerank::kFp32   ? "in fp32"
+                          : precision == lastrerank::kBf16 ? "in bf16"
+                                                           : k.int8_attention;
+  const double tolerance = how == "in fp32" ? 1e-4 : how == "in 16 bits" ? 5e-3 : how == "in bf16" ? 1e-2 : 1e-1;
   std::vector<std::vector<double>> own_keys, own_values;
   for (long j = 0; j < length * kv_heads; ++j) {
     const long from = j / kv_heads * ld + j % kv_heads * dim;
-    own_keys.push_back(multiplied(keys + from, dim, 1, precision, k.attention_bits));
-    own_values.push_back(multiplied(values + from, dim, 1, precision, k.attention_bits));
+    own_keys.push_back(multiplied(keys + from, dim, 1, how));
+    own_values.push_back(multiplied(values + from, dim, 1, how));
   }
   bool right = true;
   for (long i = 0; i < length; i += 7)
     for (long h = 0; h < heads; ++h) {
       const long first = window > 0 ? std::max<long>(0, i - window + 1) : 0;
-      const auto query = multiplied(q + i * ld + h * dim, dim, 0.3f, precision, k.attention_bits);
+      const auto query = multiplied(q + i * ld + h * dim, dim, 0.3f, how);
       std::vector<double> p;
       double top = -1e300, total = 0;
       for (long j = first; j <= i; ++j) {

@@ -45,7 +45,7 @@ from lastrerank.ops.shapes import (
     check_weight,
 )
 
-_VERSION = 10
+_VERSION = 11
 # What attention multiplies (Precision of kernels.h), by the dtype that was asked for.
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _B, _I, _L, _F, _P = ctypes.c_bool, ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
@@ -57,7 +57,7 @@ class _Kernels(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
         ("widened_is_faster", _B),
-        ("attention_bits", _I),
+        ("int8_attention", ctypes.c_char_p),
         ("panel", _I),
         ("packed_f32_size", ctypes.CFUNCTYPE(_L, _L, _L)),
         ("packed_bf16_size", ctypes.CFUNCTYPE(_L, _L, _L)),
@@ -134,12 +134,9 @@ class NativeOperations(ReferenceOperations):
             raise RuntimeError(f"LASTRERANK_ISA is {forced!r}, this processor and library have {list(tables)}")
         self.kernels = tables[forced] if forced is not None else next(iter(tables.values()))
         self.dtype = dtype
-        # Tiles multiply bf16 numbers several times as fast as anything else does integers.
-        attended = torch.bfloat16 if dtype == torch.int8 and self.kernels.name == b"amx" else dtype
-        self._precision = _PRECISIONS[attended]
+        self._precision = _PRECISIONS[dtype]
         if dtype == torch.int8:
-            how = f"in {self.kernels.attention_bits} bits" if attended == dtype else "in bf16"
-            self.rounding = f"rotated by {MOST_ROTATED}, attention {how}"
+            self.rounding = f"rotated by {MOST_ROTATED}, attention {self.kernels.int8_attention.decode()}"
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""
