@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <atomic>
 #include <chrono>
@@ -59,6 +60,34 @@ class TinyIsZero {
 #endif
 };
 
+// The processors on which a job's threads began it. A thread that is woken beside a busy neighbour lands on its waker's,
+// where one of the two stands still while the other works; it is to go elsewhere, and may go where it likes afterwards.
+class Places {
+ public:
+#if defined(__linux__)
+  void clear() { CPU_ZERO(&taken_); }
+  void take() { CPU_SET(sched_getcpu(), &taken_); }
+  bool taken() const { return CPU_ISSET(sched_getcpu(), &taken_); }
+
+  void go_elsewhere() const {
+    cpu_set_t allowed, free;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_XOR(&free, &allowed, &taken_);
+    CPU_AND(&free, &free, &allowed);
+    if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof free, &free) != 0) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+  }
+
+ private:
+  cpu_set_t taken_;
+#else
+  void clear() {}
+  void take() {}
+  bool taken() const { return false; }
+  void go_elsewhere() const {}
+#endif
+};
+
 class Pool {
  public:
   // Runs the job on at most `threads` threads, the caller included, and throws what a task has thrown. The pool grows to
@@ -82,15 +111,19 @@ class Pool {
       error_ = nullptr;
       next_.store(0, std::memory_order_relaxed);
       helpers_ = threads - 1;
-      running_ = threads - 1;
+      places_.clear();
+      places_.take();
       ++generation_;
     }
     wake_.notify_all();
     drain(f, tasks);
-    wait_actively([this] { return running_ == 0; });
+    // Who has not begun by now finds nothing to do and is not waited for: a neighbour may have his processor.
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
     job_ = nullptr;
+    lock.unlock();
+    wait_actively([this] { return running_ == 0; });
+    lock.lock();
+    done_.wait(lock, [this] { return running_ == 0; });
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
@@ -107,11 +140,19 @@ class Pool {
         lock.lock();
       }
       wake_.wait(lock, [&] { return generation_ != seen; });
+      if (index < helpers_ && places_.taken()) {
+        const Places places = places_;
+        lock.unlock();
+        places.go_elsewhere();
+        lock.lock();
+      }
       seen = generation_;
       worked = index < helpers_;
-      if (!worked) continue;
       const std::function<void(long)>* job = job_;
+      if (!worked || job == nullptr) continue;
       const long tasks = tasks_;
+      places_.take();
+      ++running_;
       lock.unlock();
       drain(*job, tasks);
       lock.lock();
@@ -133,11 +174,12 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
-  const std::function<void(long)>* job_ = nullptr;
+  const std::function<void(long)>* job_ = nullptr;  // none once no task is left to begin
   std::exception_ptr error_;
   std::atomic<long> next_{0};
   long tasks_ = 0;
   int helpers_ = 0;
+  Places places_;
   // Changed under the lock alone; read without it by who waits actively.
   std::atomic<int> running_{0};
   std::atomic<unsigned long> generation_{0};

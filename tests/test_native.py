@@ -720,3 +720,36 @@ def test_kernels_do_with_the_threads_that_there_are():
     done = subprocess.run([sys.executable, "-c", THREADLESS], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "True"
+
+
+CROWDED = """
+import os, time, torch
+from pathlib import Path
+from lastrerank.ops.native import NativeOperations
+torch.set_num_threads(2)
+native = NativeOperations()
+weight, x = native.prepare(torch.randn(64, 64)), torch.randn(4096, 64)
+want = weight.matmul(x, None, None)
+neighbour = os.fork()
+if neighbour == 0:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    end = time.monotonic() + 10
+    while time.monotonic() < end: pass
+    os._exit(0)
+same, end = True, time.monotonic() + 1
+while time.monotonic() < end:
+    same &= torch.equal(weight.matmul(x, None, None), want)
+    time.sleep(.0005)
+os.kill(neighbour, 9)
+threads = list(Path("/proc/self/task").iterdir())
+masks = {os.sched_getaffinity(int(thread.name)) == os.sched_getaffinity(0) for thread in threads}
+print(same, len(threads) > 1, masks)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or os.cpu_count() < 2, reason="wants two processors of Linux")
+def test_threads_that_went_elsewhere_may_go_where_they_like():
+    """Beside a busy neighbour a woken thread leaves its waker's processor, for the moment alone."""
+    done = subprocess.run([sys.executable, "-c", CROWDED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "True True {True}"
