@@ -407,6 +407,7 @@ struct Of {
   static constexpr long kInputs = 4 / sizeof(Number);                     // of a lane
   static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
   static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together
+  static constexpr long kBlock = kTiled ? kPairRows : kRows;  // of them, multiplied with the keys that one of them sees
   // Steps of grids to either side of zero, but for softmax's weights, none of which is below it.
   static constexpr float kWeightGrid = kEight ? (kZero == 0 ? 127.0f : 255.0f) : 2895.0f,
                          kValueGrid = kEight ? 127.0f : 2895.0f;
@@ -581,38 +582,54 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
 
       [[maybe_unused]] const std::conditional_t<F::kTiled, TileShape, int> shape{};
       const long padded = F::padded_rows(m);
-      std::vector<Number> queries(padded * width), own_weights(in_place ? 0 : padded * kKeys);
-      std::vector<float> p(padded * kKeys), result(padded * value_columns), top(m, -INFINITY), totals(m * kLanes),
-          query_steps(m), weight_steps(m), scratch(width);
+      const std::unique_ptr<float[]> p(new float[padded * kKeys]);
+      const std::unique_ptr<Number[]> own_weights(new Number[in_place ? 0 : padded * kKeys]);
+      std::vector<Number> queries(padded * width);
+      std::vector<float> result(padded * value_columns), top(m, -INFINITY), totals(m * kLanes), query_steps(m),
+          weight_steps(m), scratch(width);
       Number* weights;
       if constexpr (in_place) {
-        weights = p.data();
+        weights = p.get();
       } else {
-        weights = own_weights.data();
+        weights = own_weights.get();
       }
-      long low = length, high = 0;
+      // Keys that a row of a block sees: low[block] .. high[block] - 1.
+      const long blocks = ceil_div(m, F::kBlock);
+      std::vector<long> low(blocks, length), high(blocks, 0);
       for (long r = 0; r < count; ++r) {
         if (r + kAhead < count) prefetch(q + (first + r + kAhead) * ldq + head * group * dim, group * dim);
-        low = std::min<long>(low, position(r));
-        high = std::max<long>(high, position(r) + 1);
-        for (long g = 0; g < group; ++g)
-          query_steps[r * group + g] = F::encode(q + (first + r) * ldq + (head * group + g) * dim, dim, width,
-                                                 F::kGrid ? scale * kLog2E : scale, logits, zero, scratch.data(),
-                                                 &queries[(r * group + g) * width]);
+        for (long g = 0; g < group; ++g) {
+          const long at = r * group + g, block = at / F::kBlock;
+          low[block] = std::min<long>(low[block], window > 0 ? std::max<long>(0, position(r) - window + 1) : 0);
+          high[block] = std::max<long>(high[block], position(r) + 1);
+          query_steps[at] = F::encode(q + (first + r) * ldq + (head * group + g) * dim, dim, width,
+                                      F::kGrid ? scale * kLog2E : scale, logits, zero, scratch.data(),
+                                      &queries[at * width]);
+        }
       }
-      const long start = window > 0 ? std::max<long>(0, low - window + 1) / kKeys : 0;
-      for (long tile = start; tile * kKeys < high; ++tile) {
-        const long key = tile * kKeys, span = std::min(kKeys, high - key), place = (head - first_head) * tiles + tile;
-        const long used = ceil_div(span, kPanel) * kPanel;  // what products read of a row
+      const long lowest = *std::min_element(low.begin(), low.end()),
+                 highest = *std::max_element(high.begin(), high.end());
+      for (long tile = lowest / kKeys; tile * kKeys < highest; ++tile) {
+        const long key = tile * kKeys, place = (head - first_head) * tiles + tile;
+        auto span_of = [&](long block) { return std::clamp<long>(high[block] - key, 0, kKeys); };
         const float *key_step = key_steps + place * kKeys, *value_step = value_steps + place * kKeys;
         const int32_t* key_sum = F::kEight ? key_sums + place * kKeys : nullptr;
         const Number* values = all_values + place * value_size;
-        for (long panel = 0; panel < ceil_div(span, kPanel); ++panel)
-          F::multiply(queries.data(), width, m, all_keys + place * key_size + panel * kPanel * width, width,
-                      query_steps.data(), zero, key_step + panel * kPanel,
-                      F::kEight ? key_sum + panel * kPanel : nullptr, p.data() + panel * kPanel, kKeys, false);
+        for (long panel = 0; panel < ceil_div(std::min(kKeys, highest - key), kPanel); ++panel) {
+          const long begin = panel * kPanel;
+          auto sees = [&](long block) { return span_of(block) > begin && low[block] < key + begin + kPanel; };
+          long from = 0, to = blocks;
+          while (from < to && !sees(from)) ++from;
+          while (from < to && !sees(to - 1)) --to;
+          if (from == to) continue;
+          const long row = from * F::kBlock;
+          F::multiply(&queries[row * width], width, std::min(m, to * F::kBlock) - row,
+                      all_keys + place * key_size + begin * width, width, &query_steps[row], zero, key_step + begin,
+                      F::kEight ? key_sum + begin : nullptr, &p[row * kKeys + begin], kKeys, false);
+        }
         for (long r = 0; r < m; ++r) {
-          const long at = position(r / group);
+          const long at = position(r / group), span = span_of(r / F::kBlock);
+          const long used = ceil_div(span, kPanel) * kPanel;  // what products read of a row
           // Visible keys of this tile: begin .. end - 1.
           const long begin = window > 0 ? std::clamp<long>(at - window + 1 - key, 0, span) : 0,
                      end = std::clamp<long>(at + 1 - key, begin, span);
@@ -669,8 +686,13 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
           top[r] = next;
         }
         for (long panel = 0; panel < value_panels; ++panel)
-          F::multiply(weights, kKeys, m, values + panel * kKeys * kPanel, span, weight_steps.data(), 0, nullptr, nullptr,
-                      result.data() + panel * kPanel, value_columns, true);
+          for (long block = 0; block < blocks; ++block) {
+            const long row = block * F::kBlock, span = span_of(block);
+            if (span > 0)
+              F::multiply(weights + row * kKeys, kKeys, std::min(m - row, F::kBlock), values + panel * kKeys * kPanel,
+                          span, &weight_steps[row], 0, nullptr, nullptr,
+                          &result[row * value_columns + panel * kPanel], value_columns, true);
+          }
       }
       for (long r = 0; r < m; ++r) {
         float* target = out + (first + r / group) * ldo + (head * group + r % group) * dim;
