@@ -227,6 +227,11 @@ def test_the_description_says_what_is_served(client):
                      "/v1/ranking", "/infinity/rerank"}  # fmt: skip
     assert {"400", "413", "422", "429"} <= schema["paths"]["/v1/rerank"]["post"]["responses"].keys()
     assert schema["components"]["schemas"]["Error"]
+    for path, name, code in [("/v1/models/{name}", "nothing", "404"), ("/v1/models/{name}", "small", "200")]:
+        answer = client.get(path.format(name=name))
+        described = schema["paths"][path]["get"]["responses"][code]
+        assert str(answer.status_code) == code and ("content" in described) == (code == "404")
+    assert schema["paths"]["/ready"]["get"]["responses"].keys() == {"200", "503"}
     for path in posts:  # every example is served
         content = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         for name, example in content["examples"].items():

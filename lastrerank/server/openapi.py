@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -121,11 +121,15 @@ _ERRORS = {
     422: "a malformed request, or a field that isn't known", 429: "overloaded", 500: "a failure with an id",
     503: "closing", 504: "too late",
 }  # fmt: skip
-_GETS = {
-    "/health": "The process works: passes are run.", "/ready": "Requests are taken: the queue has room.",
-    "/metrics": "Counters for Prometheus.", "/info": "Model, device, caps and limits.",
-    "/v1/models": "The names of the model served.", "/v1/models/{name}": "One of them.",
-}  # fmt: skip
+# What each says, and with which errors; those that say something of the model want the key.
+_GETS: dict[str, tuple[str, dict[int, str]]] = {
+    "/health": ("The process works: passes are run.", {503: "closed"}),
+    "/ready": ("Requests are taken: the queue has room.", {503: "closed, or the queue is full"}),
+    "/metrics": ("Counters for Prometheus.", {}),
+    "/info": ("Model, device, caps and limits.", {401: _ERRORS[401]}),
+    "/v1/models": ("The names of the model served.", {401: _ERRORS[401]}),
+    "/v1/models/{name}": ("One of them.", {code: _ERRORS[code] for code in (401, 404)}),
+}
 
 
 def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dict[str, Any]:
@@ -142,10 +146,6 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
                 "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}}},
         },
     }  # fmt: skip
-    failures = {
-        str(code): {"description": text, "content": _json({"$ref": "#/components/schemas/Error"})}
-        for code, text in _ERRORS.items()
-    }
     secured: list[dict[str, list[str]]] = [{"key": []}] if has_key else []
     paths: dict[str, Any] = {}
     for path in posts:
@@ -158,13 +158,13 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
             "summary": (kind.__doc__ or "").split("\n")[0], "operationId": path.strip("/").replace("/", "_"),
             "requestBody": {"required": True, "content": {
                 "application/json": {"schema": by_kind[kind], "examples": examples}}},
-            "responses": {"200": {"description": "scores", "content": _json(by_kind[answer])}, **failures},
+            "responses": {"200": {"description": "scores", "content": _json(by_kind[answer])}, **_failures(_ERRORS)},
             "security": secured,
         }}  # fmt: skip
-    for path, text in _GETS.items():
+    for path, (text, errors) in _GETS.items():
         paths[path] = {"get": {
-            "summary": text, "responses": {"200": {"description": text}},
-            "security": secured if path.startswith(("/info", "/v1/models")) else [],
+            "summary": text, "responses": {"200": {"description": text}, **_failures(errors)},
+            "security": secured if 401 in errors else [],
             **({"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
                if "{name}" in path else {}),
         }}  # fmt: skip
@@ -177,6 +177,11 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
                  "description": "Last-token reranking. Scores are as the model's family publishes them: cosines in "
                  "[-1, 1], probabilities or logits (/info says which)."},
     }  # fmt: skip
+
+
+def _failures(errors: Mapping[int, str]) -> dict[str, Any]:
+    content = _json({"$ref": "#/components/schemas/Error"})
+    return {str(code): {"description": text, "content": content} for code, text in errors.items()}
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:
