@@ -83,6 +83,7 @@ def plot_load(path: Path) -> Path:
 # Whoever isn't us is grey, each in a shade of its own, the same in every plot.
 _SHADES = (
     ("transformers-sdpa-float32", "#5c6770"), ("transformers-eager", "#b9c1c7"), ("transformers", "#7d8890"),
+    ("torch.compile-float32", "#4a545b"), ("torch.compile", "#69747c"), ("torchao", "#aab7a8"),
     ("sentence-transformers", "#98a2a9"), ("openvino-float32", "#a9b2b8"), ("openvino-bfloat16", "#70889a"),
     ("openvino", "#93a7b5"), ("onnxruntime-int8", "#8d979e"),
     ("onnxruntime", "#c5ccd1"), ("llama.cpp-q8_0", "#d2d7db"), ("llama.cpp", "#dfe3e6"),

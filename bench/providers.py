@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,18 +46,26 @@ def ours(backend: str, dtype: str, share: bool = True) -> Callable[[Path], Score
     return make
 
 
-def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]:
+def transformers(
+    attention: str, dtype: torch.dtype, change: Callable[[torch.nn.Module], Any] | None = None
+) -> Callable[[Path], Scorer]:
+    """change: what the decoder is replaced by."""
+
     def make(folder: Path) -> Scorer:
         from bench.baseline import TransformersReranker
         from bench.pairs import FAMILIES, TransformersPairs
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         family = declared_family(folder)
-        if family in FAMILIES:
-            pairs = TransformersPairs(folder, family, dtype, device)
-            return lambda requests: [pairs.scores(query, documents) for query, documents in requests]
         try:
+            if family in FAMILIES:
+                pairs = TransformersPairs(folder, family, dtype, device)
+                if change is not None:
+                    pairs.model.model = change(pairs.model.model)
+                return lambda requests: [pairs.scores(query, documents) for query, documents in requests]
             reranker = TransformersReranker(folder, dtype, attention, device)
+            if change is not None:
+                reranker.model = change(reranker.model)
         except ImportError as error:
             raise UnavailableError(str(error)) from error
 
@@ -66,6 +75,14 @@ def transformers(attention: str, dtype: torch.dtype) -> Callable[[Path], Scorer]
         return score
 
     return make
+
+
+def torchao_int8(decoder: torch.nn.Module) -> Any:
+    """Linear layers in 8 bits, their inputs quantised on the way; compiled, without which it is half as fast."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(decoder, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(decoder)
 
 
 def cross_encoder(folder: Path) -> Scorer:
@@ -134,6 +151,9 @@ PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "transformers-sdpa-float32": transformers("sdpa", torch.float32),
     "transformers-eager-float32": transformers("eager", torch.float32),
     "transformers-sdpa-bfloat16": transformers("sdpa", torch.bfloat16),
+    "torch.compile-float32": transformers("sdpa", torch.float32, torch.compile),
+    "torch.compile-bfloat16": transformers("sdpa", torch.bfloat16, torch.compile),
+    "torchao-int8": transformers("sdpa", torch.float32, torchao_int8),
     "sentence-transformers-float32": cross_encoder,
     "openvino-float32": peer("OpenVino"),
     "openvino-bfloat16": peer("OpenVinoBfloat16"),
