@@ -19,7 +19,7 @@ import torch
 
 from bench.measure import PeakMemory, give_back_freed, resident, write_results
 from bench.plots import plot_end_to_end
-from bench.providers import PROVIDERS, Request, UnavailableError
+from bench.providers import COMPILING, PROVIDERS, Request, UnavailableError
 from lastrerank.speed import interleaved, spread
 
 # Lists in one call, documents of each, bare tokens of a document and of the query.
@@ -92,6 +92,8 @@ def measure(
     """Check, with the peak of memory, then time. scale: of scores, against cosines."""
     truth, agreeing, once, rows = None, {}, {}, []
     for name, scorer in scorers.items():
+        if name in COMPILING:
+            scorer(requests)
         started = time.perf_counter()
         with PeakMemory() as memory:
             scores = np.concatenate(scorer(requests))

@@ -147,6 +147,9 @@ def declared_family(folder: Path) -> str | None:
     return declared.get("family")
 
 
+# Their first pass of a workload compiles, which takes longer than most passes.
+COMPILING = ("torch.compile-float32", "torch.compile-bfloat16", "torchao-int8")
+
 PROVIDERS: dict[str, Callable[[Path], Scorer]] = {
     "transformers-sdpa-float32": transformers("sdpa", torch.float32),
     "transformers-eager-float32": transformers("eager", torch.float32),
