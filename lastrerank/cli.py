@@ -9,6 +9,7 @@ import os
 import ssl
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="Folder, bundled name or Hub id. Default: the embedded checkpoint.")
+    str | None, typer.Option("--model", "-m", help="Folder, bundled name or Hub id. Default: the embedded checkpoint.")
 ]
 FamilyOption = Annotated[
     str, typer.Option(help="What kind of reranker a checkpoint is that doesn't say it: its prompt and readout.")
@@ -63,6 +64,21 @@ def default_model() -> Path:
     return BUNDLED_MODELS / BUNDLED
 
 
+def _named(model: str | None) -> str | Path:
+    """What --model says, or the embedded checkpoint."""
+    if model is not None and not model.strip():
+        raise ValueError(f"--model is {model!r}, expected a folder, a bundled name or a Hub id; or no --model")
+    return default_model() if model is None else model
+
+
+def _api_key() -> str | None:
+    """A server's, None for none; one that is set and blank is more likely lost than not wanted."""
+    found = os.environ.get("LASTRERANK_API_KEY")
+    if found is not None and not found.strip():
+        raise ValueError("LASTRERANK_API_KEY is set and blank; unset it to serve without a key")
+    return None if found is None else found.strip()
+
+
 @app.command()
 def rerank(
     query: Annotated[str | None, typer.Argument(help="What is searched for; not with --requests.")] = None,
@@ -73,10 +89,10 @@ def rerank(
             "array, .csv and .tsv a table; a folder stands for its files, - for stdin; .gz is unpacked."
         ),
     ] = None,
-    model: ModelOption = "",
+    model: ModelOption = None,
     top_n: Annotated[int | None, typer.Option(help="Results wanted.")] = None,
     instruction: Annotated[str | None, typer.Option(help="What else the ranking should follow.")] = None,
-    column: Annotated[str, typer.Option(help="Of tables: which column is the text.")] = "text",
+    column: Annotated[str | None, typer.Option(help="Of tables: which column is the text; `text` without.")] = None,
     max_doc_length: Annotated[int | None, typer.Option(help="Tokens of a document; default: the model's cap.")] = None,
     max_query_length: Annotated[int | None, typer.Option(help="Tokens of the query; default: the model's cap.")] = None,
     orders: Annotated[int, typer.Option(help="Score the mean over this many orders of the list.")] = 1,
@@ -110,7 +126,7 @@ def rerank(
         if requests is not None:
             if query is not None or output is None:
                 raise ValueError("--requests: expected --output, and no query or files")
-            if as_json or explain or column != "text":
+            if as_json or explain or column is not None:
                 raise ValueError("--json, --explain and --column don't go with --requests: results are JSON lines")
             if requests.resolve() in [path.resolve() for path in (output, trec) if path is not None]:
                 raise ValueError(f"--output or --trec is {requests}, which holds the requests")
@@ -128,7 +144,7 @@ def rerank(
 
 @app.command()
 def demo(
-    model: ModelOption = "",
+    model: ModelOption = None,
     as_json: JsonOption = False,
     explain: ExplainOption = True,
     device: DeviceOption = "auto",
@@ -194,9 +210,12 @@ def evaluate(
     models = model or ([] if peer else [str(default_model())])
     try:
         _set_threads(threads)
+        models = [str(_named(name)) for name in models]
         if len(models) != 1 and (revision is not None or family != "auto"):
             what = f"--revision {revision}" if revision is not None else f"--family {family}"
             raise ValueError(f"{what} beside {len(models)} models of ours: expected one, whose it is")
+        if not models and (dtype != "auto" or backend != "auto"):
+            raise ValueError(f"--dtype {dtype}, --backend {backend} beside no model of ours: peers have their own")
         for name in peer or ():  # before any work is done
             contenders.check_peer(name)
             if max_doc_length is not None:
@@ -265,7 +284,7 @@ def train(
 
 @app.command()
 def serve(
-    model: ModelOption = "",
+    model: ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 for any free one, which is logged.")] = 8000,
     uds: Annotated[str | None, typer.Option(help="A Unix socket's path, instead of host and port.")] = None,
@@ -305,6 +324,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: /v1/rerank, /score, /metrics, a page to try it at /. API key: LASTRERANK_API_KEY."""
     started = time.perf_counter()
+    bound = None
     try:
         from lastrerank.server import listen
         from lastrerank.server.limits import Limits
@@ -325,6 +345,8 @@ def serve(
                 ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(ssl_certfile, ssl_keyfile)
             except OSError as error:
                 raise ValueError(f"{ssl_certfile} and {ssl_keyfile}: no certificate and key: {error}") from error
+        limits = replace(limits, max_connections=listen.possible_connections(max_connections))
+        api_key = _api_key()
         bound = listen.bind(host, port, uds)  # before the model, so that a taken port shows at once
         from lastrerank import Reranker
         from lastrerank.engine import Engine
@@ -333,18 +355,22 @@ def serve(
         _set_threads(threads)
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "family": family,
                                    "deterministic": deterministic, "revision": revision}  # fmt: skip
-        loaded = Reranker.from_pretrained(model or default_model(), **loading)
+        loaded = Reranker.from_pretrained(_named(model), **loading)
         loaded.warmup()
         engine = Engine(
             loaded, max_batch_tokens=max_batch_tokens, max_queue_tokens=max_queue_tokens,
             max_request_tokens=max_request_tokens,
         )  # fmt: skip
+        if isinstance(bound, listen.UnixSocket) and not bound.is_there:
+            raise ValueError(f"uds is {uds!r}, which another server has taken meanwhile")
     except _EXPECTED as error:
+        if bound is not None:
+            listen.release(bound)
         _fail(error, "serve")
     names = [loaded.checkpoint.name, *(model_name or ())]
     application = create_app(
         engine, model_name=[*(model_name or ())[:1], *names], any_model=any_model, limits=limits,
-        api_key=os.environ.get("LASTRERANK_API_KEY", "").strip() or None, allow_origins=allow_origin or (),
+        api_key=api_key, allow_origins=allow_origin or (),
         drain_seconds=drain_timeout,
     )  # fmt: skip
     entry = {"message": "ready", "model": names, "address": listen.address(bound, has_tls=ssl_certfile is not None),
@@ -401,7 +427,7 @@ def download(
 
 @app.command()
 def bench(
-    model: ModelOption = "",
+    model: ModelOption = None,
     documents: Annotated[int, typer.Option(help="Documents of a list.")] = 16,
     doc_tokens: Annotated[int, typer.Option(help="Tokens of a document.")] = 128,
     lists: Annotated[int, typer.Option(help="Lists scored in one call.")] = 1,
@@ -418,7 +444,7 @@ def bench(
     try:
         _set_threads(threads)
         rows = measure(
-            model or default_model(), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs,
+            _named(model), device=device, documents=documents, doc_tokens=doc_tokens, lists=lists, runs=runs,
             family=family, revision=revision,
         )  # fmt: skip
     except _EXPECTED as error:
@@ -460,7 +486,7 @@ def _run(
     query: str,
     documents: list[Any],
     names: list[str],
-    model: str,
+    model: str | None,
     options: dict[str, Any],
     loading: dict[str, Any],
     as_json: bool,
@@ -473,7 +499,7 @@ def _run(
     started = time.perf_counter()
     request = RerankRequest.of(RerankRequest(query, documents, **options))
     _set_threads(threads)
-    loaded = Reranker.from_pretrained(model or default_model(), **loading)
+    loaded = Reranker.from_pretrained(_named(model), **loading)
     load_seconds = time.perf_counter() - started
     started = time.perf_counter()
     encoded = loaded.encode(request)
@@ -518,7 +544,7 @@ def _run(
 
 
 def _run_batch(
-    source: Path, output: Path, trec: Path | None, return_documents: bool, model: str, options: dict[str, Any],
+    source: Path, output: Path, trec: Path | None, return_documents: bool, model: str | None, options: dict[str, Any],
     loading: dict[str, Any], threads: int | None,
 ) -> None:  # fmt: skip
     from lastrerank import Reranker
@@ -526,7 +552,7 @@ def _run_batch(
 
     wanted = read_requests(source, {name: value for name, value in options.items() if value is not None})
     _set_threads(threads)
-    loaded = Reranker.from_pretrained(model or default_model(), **loading)
+    loaded = Reranker.from_pretrained(_named(model), **loading)
     print(json.dumps(rerank_file(loaded, wanted, output, trec=trec, return_documents=return_documents)))
 
 

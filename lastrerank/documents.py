@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -30,24 +31,33 @@ _BINARY = (
 )
 
 
-def read_documents(sources: list[Path], column: str = "text") -> tuple[list[Any], list[str]]:
+def read_documents(sources: list[Path], column: str | None = None) -> tuple[list[Any], list[str]]:
     """Documents, and a name for each.
 
     Args:
         sources: files: `.jsonl` and `.ndjson` hold a document a line (a string, or an object with `text`), `.json` an
             array of them, `.csv` and `.tsv` a table with a header; any other is one document. With `.gz` after it a
-            file is unpacked. A folder stands for its files. `-` is standard input: a document a line, as text or JSON.
-        column: of a table.
+            file is unpacked. A folder stands for its files, those of linked folders too. `-` is standard input: a
+            document a line, as text or JSON, or one JSON array.
+        column: of tables; None: `text`.
 
     Raises:
-        ValueError: a source can't be read, or isn't what it seems; the message names it, and its line.
+        ValueError: a source can't be read, or isn't what it seems; the message names it, and its line. Or there is a
+            column and no table.
     """
     documents, names = [], []
+    if column is not None and not any(_may_be_table(source) for source in sources):
+        raise ValueError(f"column is {column!r}: none of the sources is a table (.csv, .tsv)")
     for source in sources:
-        for name, document in _standard_input() if str(source) == "-" else _path(source, column):
+        for name, document in _standard_input() if str(source) == "-" else _path(source, column or "text"):
             documents.append(document)
             names.append(name)
     return documents, names
+
+
+def _may_be_table(source: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in source.suffixes]
+    return source.is_dir() or any(suffix in _TABLES for suffix in suffixes[-2:])
 
 
 def json_lines_of(path: Path) -> Iterator[tuple[str, Any]]:
@@ -73,7 +83,7 @@ def _unpacked(path: Path) -> tuple[bytes, str]:
 
 def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
-        files = [entry for entry in sorted(path.rglob("*")) if entry.is_file() and not _is_hidden(entry, path)]
+        files = _files_in(path)
         if not files:
             raise ValueError(f"{path}: a folder without files")
         for entry in files:
@@ -86,26 +96,44 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
     if suffix in _LINES:
         yield from _lines(text, str(path), json_only=True)
     elif suffix == ".json":
-        value = _json(text, str(path))
-        if not isinstance(value, list):
-            found = type(value).__name__
-            raise ValueError(f"{path}: expected an array of documents, got {found}; lines of JSON end in .jsonl")
-        for number, document in enumerate(value):
-            yield f"{path}[{number}]", _document(document, f"{path}[{number}]")
+        yield from _array(_json(text, str(path)), str(path))
     elif suffix in _TABLES:
         yield from _table(text, path, _TABLES[suffix], column)
     else:
         yield path.name, text
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _files_in(folder: Path) -> list[Path]:
+    """All but what is hidden; nothing that can't be read is left out."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: can't be read: {error.strerror or error}") from error
+
+    found: list[Path] = []
+    seen = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+        reached = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
+        folders[:] = [name for name, real in reached.items() if real not in seen]  # or a link upwards has no end
+        seen |= set(reached.values())
+    for entry in found:
+        if entry.exists() and not entry.is_file():
+            raise ValueError(f"{entry}: no file")
+    return sorted(found)
 
 
 def _standard_input() -> Iterator[tuple[str, Any]]:
     if sys.stdin.isatty():
         raise ValueError("no documents: name files, or pipe one document a line to stdin")
-    return _lines(_decoded(sys.stdin.buffer.read(), "stdin"), "stdin", json_only=False)
+    text = _decoded(sys.stdin.buffer.read(), "stdin")
+    if text.lstrip().startswith("["):
+        try:
+            array = _json(text, "stdin")
+        except ValueError:  # lines, of which the first begins with a bracket
+            pass
+        else:
+            return _array(array, "stdin")
+    return _lines(text, "stdin", json_only=False)
 
 
 def _decoded(data: bytes, source: str) -> str:
@@ -130,15 +158,27 @@ def _numbered(text: str, source: str) -> Iterator[tuple[str, str]]:
             yield f"{source}:{number}", line
 
 
+def _array(value: Any, source: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, list):
+        found = type(value).__name__
+        raise ValueError(f"{source}: expected an array of documents, got {found}; lines of JSON end in .jsonl")
+    for number, document in enumerate(value):
+        yield f"{source}[{number}]", _document(document, f"{source}[{number}]")
+
+
 def _lines(text: str, source: str, json_only: bool) -> Iterator[tuple[str, Any]]:
     for where, line in _numbered(text, source):
         value: Any = line
-        if json_only or line.startswith(("{", '"')):
+        begins = line.lstrip()[:1]
+        if json_only or begins in ("{", "[", '"'):
             try:
                 value = _json(line, where)
-            except ValueError:
+            except ValueError as error:
                 if json_only:
                     raise
+                # A quote or a bracket begins many a text.
+                if begins == "{" or line.strip() == "[":
+                    raise ValueError(f"{error}; text that begins with {begins} must come as a JSON string") from error
         yield where, _document(value, where)
 
 

@@ -139,8 +139,8 @@ class Engine:
             raise ValueError(f"timeout is {timeout!r}, expected seconds, 0 or more")
         deadline = None if timeout is None else time.monotonic() + timeout
         jobs: list[Job] = []
-        for request in requests:
-            checked = RerankRequest.of(request)
+        for i, request in enumerate(requests):
+            checked = RerankRequest.of(request, "request" if len(requests) == 1 else f"requests[{i}]")
             reserved = self.reranker.encoder.estimated_rows(checked)
             # The caller's list may change before it is tokenised.
             checked = replace(checked, documents=tuple(checked.documents))
@@ -306,8 +306,9 @@ class Engine:
                 self._drop_late()
                 jobs = (*self._queue.ready, *self._queue.encoding)
                 nearest = min((job.deadline for job in jobs if job.deadline is not None), default=None)
-                # With nothing to wait for, whoever comes next or closes the engine notifies.
-                self._condition.wait(None if nearest is None else max(0.0, nearest - time.monotonic()) + 1e-3)
+                # With nothing to wait for, whoever comes next or closes the engine notifies. Python waits no centuries.
+                left = 3600.0 if nearest is None else min(3600.0, max(0.0, nearest - time.monotonic()))
+                self._condition.wait(left + 1e-3)
 
     def _drop_late(self) -> None:
         """Fail jobs whose time is up. Holds the condition."""

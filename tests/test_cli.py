@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -205,6 +208,70 @@ def test_folders_and_standard_input(run, tmp_path):
     (tmp_path / "empty").mkdir()
     done = run("rerank", "a query", "empty")
     assert done.returncode == 2 and "a folder without files" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [('[\n  "one",\n  {"text": "two"}\n]\n', ["one", "two"]), ('["one", "two"]', ["one", "two"]),
+     ('[1] one\n"two" it said\n', ["[1] one", '"two" it said']), (' {"text": "one"}\n"two"\n', ["one", "two"])],
+)  # fmt: skip
+def test_standard_input_is_lines_or_an_array(monkeypatch, given, expected):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    documents, _ = read_documents([Path("-")])
+    assert [document if isinstance(document, str) else document["text"] for document in documents] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [('"x"\n{"text": "y", "score": NaN}\n', "stdin:2: not JSON: NaN"), ('{"text": "y",}\n', "stdin:1: not JSON"),
+     ('[\n"one",\n]\n', "stdin:1: not JSON"), ('["one"]\n["two"]\n', "stdin:1: expected a string"),
+     ('[{"text": 1}]', "stdin[0]: expected a string")],
+)  # fmt: skip
+def test_broken_json_on_standard_input_is_no_text(monkeypatch, given, where):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    with pytest.raises(ValueError, match=re.escape(where)):
+        read_documents([Path("-")])
+
+
+def test_a_folder_loses_nothing(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "a.txt").write_text("linked")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "upwards").symlink_to(folder)
+    assert read_documents([folder]) == (["linked"], ["linked/a.txt"])
+    (folder / "broken").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="broken: can't be read"):
+        read_documents([folder])
+    (folder / "broken").unlink()
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(ValueError, match="pipe: no file"):
+        read_documents([folder])
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def walk(folder, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", f"{folder}/closed"))
+
+    monkeypatch.setattr("os.walk", walk)  # root may read everything
+    with pytest.raises(ValueError, match="closed: can't be read: Permission denied"):
+        read_documents([tmp_path])
+
+
+def test_a_column_is_of_a_table(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "body": "b"}\n')
+    (tmp_path / "a.csv").write_text("body\nb\n")
+    with pytest.raises(ValueError, match="column is 'body': none of the sources is a table"):
+        read_documents([tmp_path / "a.jsonl"], "body")
+    assert read_documents([tmp_path / "a.csv"], "body")[0] == [{"text": "b"}]
+    assert len(read_documents([tmp_path], "body")[0]) == 2
+
+
+def test_an_empty_model_is_not_the_default(run):
+    for command in (("rerank", "q", "-"), ("serve",), ("bench",)):
+        done = run(*command, "--model", " ", stdin="text\n", model=False)
+        assert done.returncode == 2 and "--model is ' '" in done.stderr, command
 
 
 def test_what_stands_in_documents_does_not_reach_the_terminal(run):

@@ -475,6 +475,26 @@ def test_a_deadline_is_kept_while_a_long_pass_runs(slow, documents):
         assert engine.queued_tokens == 0
 
 
+@pytest.mark.parametrize("long", [float("inf"), 1e10])
+def test_centuries_of_time_do_not_stop_others_deadlines(slow, documents, long):
+    reranker, gate = slow
+    with Engine(reranker) as engine:
+        first = engine.submit({"query": "first", "documents": documents[:2]}, timeout=long)
+        wait_until(lambda: not engine._queue.encoding)
+        queued = engine.submit({"query": "queued", "documents": documents[:1]}, timeout=long)
+        time.sleep(0.1)
+        with pytest.raises(DeadlineError):
+            engine.submit({"query": "late", "documents": documents[:1]}, timeout=0.2).result(10)
+        gate.set()
+        assert first.result(60).results and queued.result(60).results
+
+
+def test_the_bad_one_of_many_requests_is_named(small_reranker, documents):
+    good = {"query": "q", "documents": documents[:1]}
+    with Engine(small_reranker) as engine, pytest.raises(TypeError, match=r"requests\[1\]\.documents\[0\]"):
+        engine.submit_many([good, good | {"documents": [5]}])
+
+
 def test_between_the_layers_of_a_long_block_others_are_served(small_reranker, documents, monkeypatch):
     """A block longer than a pass can't be divided; who waits beside it is answered before it is done, rightly."""
     real, begun, order = small_reranker.read_rows, threading.Event(), []

@@ -257,6 +257,17 @@ def test_what_would_be_dropped_from_a_dataset_is_refused(dataset_folder, tmp_pat
     (tmp_path / "copy" / "qrels" / "dev.tsv").write_text("q0\td0\t1.0\n")  # no header
     with pytest.raises(ValueError, match=r"dev\.tsv:1"):
         read_beir(tmp_path / "copy", "dev")
+    (tmp_path / "copy" / "qrels" / "dev.tsv").write_text("q0\td0\t1\nq0\td0\t1\nq0\td0\t2\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv:3: 'q0' and 'd0' were judged 1 before, now 2"):
+        read_beir(tmp_path / "copy", "dev")
+    shutil.copy(dataset_folder / "qrels" / "dev.tsv", tmp_path / "copy" / "qrels" / "dev.tsv")
+    with pytest.raises(ValueError, match="max_queries is -1"):
+        read_beir(tmp_path / "copy", "dev", max_queries=-1)
+    queries = (tmp_path / "copy" / "queries.jsonl").read_text()
+    (tmp_path / "copy" / "queries.jsonl").write_text(queries + '{"_id": "q0", "text": "another"}\n')
+    with pytest.raises(ValueError, match="two queries 'q0'"):
+        read_beir(tmp_path / "copy", "dev")
+    (tmp_path / "copy" / "queries.jsonl").write_text(queries)
     corpus = (tmp_path / "copy" / "corpus.jsonl").read_text()
     (tmp_path / "copy" / "corpus.jsonl").write_text(corpus + corpus.split("\n")[0] + "\n")
     with pytest.raises(ValueError, match="two documents"):

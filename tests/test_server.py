@@ -146,6 +146,7 @@ def test_score(client, small_reranker, documents):
         ({"activation": True}, 422, "activation"),
         ({"truncation_direction": "left"}, 422, "truncation_direction"),
         ({"texts": ["a"]}, 422, "texts"),
+        ({"return_text": True, "return_documents": False}, 422, "return_text"),
         ({"max_doc_length": 10**9}, 422, None),
         ({"model": "another"}, 404, "model"),
         ({"documents": ["x"] * 51}, 413, "documents"),
@@ -190,6 +191,23 @@ def test_large_bodies_are_refused(small_reranker):
 
         assert client.post("/v1/rerank", content=pieces()).status_code == 413  # no length declared
         assert client.post("/v1/rerank", {"query": QUERY, "documents": ["x"]}).status_code == 200
+
+
+@pytest.mark.parametrize("flag", ["return_text", "return_documents"])
+def test_whether_texts_come_back_has_two_names(client, flag):
+    tei = client.post("/rerank", {"query": QUERY, "texts": ["a", "b"], flag: True}).json()
+    assert {row["text"] for row in tei} == {"a", "b"}
+    for back in (True, False):
+        rows = client.post("/v1/rerank", {"query": QUERY, "documents": ["a", "b"], flag: back}).json()["results"]
+        assert all(("document" in row) == back for row in rows)
+    refused = client.post("/rerank", {"query": QUERY, "texts": ["a"], "return_embeddings": True})
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "return_embeddings"
+
+
+def test_limits_that_no_packed_body_could_keep_are_refused():
+    with pytest.raises(ValueError, match="max_total_body is 1500, expected at least twice max_body"):
+        Limits(max_body=1000, max_total_body=1500)
+    Limits(max_body=1000, max_total_body=2000)
 
 
 def test_api_key(small_reranker):

@@ -354,6 +354,41 @@ def test_nonsense_options_are_one_line(options, message):
     assert done.returncode == 2 and "Traceback" not in done.stderr and message in done.stderr.replace("\n", " ")
 
 
+def test_a_blank_key_is_no_key_that_was_wanted():
+    done = subprocess.run(
+        [sys.executable, "-m", "lastrerank", "serve", "--port", "0"], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"LASTRERANK_API_KEY": " "},
+    )  # fmt: skip
+    assert done.returncode == 2 and "LASTRERANK_API_KEY is set and blank" in done.stderr
+
+
+def test_fewer_connections_than_wanted_are_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(listen.resource, "getrlimit", lambda kind: (1000, 1000))
+    monkeypatch.setattr(listen.resource, "setrlimit", lambda kind, limits: None)
+    monkeypatch.setattr(listen, "log", said.append)
+    assert listen.possible_connections(800) == 800 and not said
+    assert listen.possible_connections(10_000) == 872
+    assert said[0]["max_connections"] == 872 and "872 connections instead of 10000" in said[0]["message"]
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
+def test_a_unix_socket_of_another_server_stays(tmp_path):
+    path = str(tmp_path / "socket")
+    first = listen.bind("", 0, path)
+    second = listen.bind("", 0, path)  # the first one doesn't listen: nobody can tell it from a dead one's
+    assert not first.is_there and second.is_there
+    listen.release(first)
+    assert second.is_there
+    listen.release(second)
+    assert not (tmp_path / "socket").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "lastrerank", "serve", "--uds", path, "--model", "/nowhere"], capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and not (tmp_path / "socket").exists()
+
+
 def test_a_taken_port_shows_before_a_model_is_loaded():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

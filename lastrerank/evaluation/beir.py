@@ -68,12 +68,23 @@ def read_beir(
             raise ValueError(f"{path}:{number + 1}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r:.80}")
         if fields[1] not in documents:
             raise ValueError(f"{path}:{number + 1}: document {fields[1]!r} is not in the corpus")
-        qrels.setdefault(fields[0], {})[fields[1]] = int(fields[2])
-    texts = {str(row["_id"]): row["text"] for row in _rows(query_root, "queries")}
+        judged_before = qrels.setdefault(fields[0], {})
+        gain = int(fields[2])
+        if judged_before.setdefault(fields[1], gain) != gain:
+            raise ValueError(
+                f"{path}:{number + 1}: {fields[0]!r} and {fields[1]!r} were judged {judged_before[fields[1]]} before, "
+                f"now {gain}"
+            )
+    texts: dict[str, str] = {}
+    for row in _rows(query_root, "queries"):
+        if texts.setdefault(str(row["_id"]), row["text"]) != row["text"]:
+            raise ValueError(f"{query_root}: queries.jsonl has two queries {row['_id']!r}")
     missing = [query for query in qrels if query not in texts]
     if missing:
         raise ValueError(f"{path}: {len(missing)} judged queries are not in queries.jsonl, the first: {missing[0]!r}")
     judged = list(qrels)
+    if max_queries is not None and max_queries < 1:
+        raise ValueError(f"max_queries is {max_queries}, expected 1 or more")
     if max_queries is not None and max_queries < len(judged):
         judged = sorted(random.Random(seed).sample(judged, max_queries), key=judged.index)
     name = root.name if query_folder is None else f"{query_root.name}>{root.name}"

@@ -45,8 +45,14 @@ def deployment(
         api_key: as in `create_app`.
         limits: arguments of `lastrerank.server.Limits`.
         arguments: of `Reranker.from_pretrained`.
+
+    Raises:
+        ValueError: replicas is less than 1, or there is `autoscaling` beside it.
     """
-    scale: dict[str, Any] = {"autoscaling_config": autoscaling} if autoscaling else {"num_replicas": replicas or 1}
+    if replicas is not None and (replicas < 1 or autoscaling):
+        raise ValueError(f"replicas is {replicas}, expected 1 or more, or autoscaling instead of it")
+    fixed = 1 if replicas is None else replicas
+    scale: dict[str, Any] = {"autoscaling_config": autoscaling} if autoscaling else {"num_replicas": fixed}
 
     def application() -> Any:
         import torch

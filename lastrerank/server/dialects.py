@@ -164,10 +164,15 @@ def read_rerank(
         raise BodyError(422, "score_threshold: of the published scores, not together with raw ones", "score_threshold")
     texts = _texts(documents, body.rank_fields, content)
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
-    back = _flag(body, "return_text" if tei else "return_documents")
-    back = (False if tei else documents_back) if back is None else back
+    # TEI's name and everyone else's mean the same.
+    asked = {flag for name in ("return_text", "return_documents") if (flag := _flag(body, name)) is not None}
+    if len(asked) > 1:
+        raise BodyError(422, "return_text and return_documents contradict each other", "return_text")
+    back = asked.pop() if asked else documents_back and not tei
     infinity = is_infinity or (not tei and body.raw_scores is not None)
     embeddings = bool(_flag(body, "return_embeddings"))
+    if embeddings and tei:
+        raise BodyError(422, "return_embeddings: what answers texts has no room for them", "return_embeddings")
     bounds = [cap for cap in (_count(body, "max_tokens_per_doc"), _prompt_cap(body)) if cap is not None]
     caps = [_count(body, "max_doc_length"), *(cap for cap in bounds if cap < doc_cap)]
     # vLLM's clients send 0 for all, to /rerank; Jina's and Cohere's mean nothing by it.

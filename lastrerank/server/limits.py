@@ -25,9 +25,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """max_body: bytes of a request, unpacked. max_total_body: bytes of all that are being read or answered.
-    max_documents: in one request. max_connections: open at once. Seconds: to send the headers, to send the body, to
-    wait for an answer, and to take it."""
+    """max_body: bytes of a request, unpacked. max_total_body: bytes of all that are being read or answered, at least
+    twice max_body: one as it came, packed, and what it unpacks to. max_documents: in one request. max_connections: open
+    at once. Seconds: to send the headers, to send the body, to wait for an answer, and to take it."""
 
     max_body: int = 32 * 2**20
     max_total_body: int = 128 * 2**20
@@ -46,6 +46,11 @@ class Limits:
             if isinstance(value, bool) or not isinstance(value, kind) or not value > 0 or math.isinf(value):
                 expected = "a positive integer" if whole else "a positive number of seconds"
                 raise ValueError(f"{field.name} is {value!r}, expected {expected}")
+        if self.max_total_body < 2 * self.max_body:
+            raise ValueError(
+                f"max_total_body is {self.max_total_body}, expected at least twice max_body ({self.max_body}): "
+                "a packed body and what it unpacks to"
+            )
 
 
 class Guard:

@@ -34,6 +34,31 @@ _LINGER_SECONDS, _LINGER_BYTES = 2.0, 1 << 28
 _LAST_WORDS = 1.0
 
 
+class UnixSocket(socket.socket):
+    """One bound to a path, which it removes as long as it is its own: another server may have taken it meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.path = Path(path)
+        self.bind(path)
+        self._made = self._there()
+
+    def _there(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.lstat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    @property
+    def is_there(self) -> bool:
+        return self._there() == self._made
+
+    def remove(self) -> None:
+        if self.is_there:
+            self.path.unlink(missing_ok=True)
+
+
 def bind(host: str, port: int, uds: str | None = None) -> socket.socket:
     """A bound socket, not yet listening: before a model is loaded, so that a wrong address shows at once.
 
@@ -41,17 +66,15 @@ def bind(host: str, port: int, uds: str | None = None) -> socket.socket:
         ValueError: it can't be bound; the message names host and port.
     """
     if uds is not None:
-        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             if Path(uds).is_socket():
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
                     if other.connect_ex(uds) == 0:
                         raise ValueError(f"uds is {uds!r}, on which another server listens")
                 Path(uds).unlink()
-            bound.bind(uds)
+            return UnixSocket(uds)
         except OSError as error:
             raise ValueError(f"uds is {uds!r}: {error.strerror or error}") from error
-        return bound
     if not 0 <= port <= 65535:
         raise ValueError(f"port is {port}, expected 0 to 65535")
     try:
@@ -62,6 +85,13 @@ def bind(host: str, port: int, uds: str | None = None) -> socket.socket:
     except OSError as error:
         raise ValueError(f"can't listen on host {host!r}, port {port}: {error.strerror or error}") from error
     return bound
+
+
+def release(bound: socket.socket) -> None:
+    """Close it, and remove its path, if it has one of its own."""
+    if isinstance(bound, UnixSocket):
+        bound.remove()
+    bound.close()
 
 
 def serve(
@@ -77,10 +107,9 @@ def serve(
     key: str | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; then answer what is in flight for `drain_seconds`, fail the rest, and return."""
-    most = _connections(limits.max_connections)
 
     class Connection(_Connection):
-        max_connections, times = most, limits
+        max_connections, times = limits.max_connections, limits
 
     config = uvicorn.Config(
         app, http=Connection, log_config=_LOGS, access_log=False, timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
@@ -91,14 +120,18 @@ def serve(
     _Server(config, engine, drain_seconds).run(sockets=[bound])
 
 
-def _connections(wanted: int) -> int:
-    """As many as file descriptors allow, after asking for as many as the system gives."""
+def possible_connections(wanted: int) -> int:
+    """As many as file descriptors allow, after asking for as many as the system gives; fewer than wanted are logged."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = wanted + _RESERVED_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < need:
         soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else max(8, min(wanted, soft - _RESERVED_DESCRIPTORS))
+    found = wanted if soft == resource.RLIM_INFINITY else max(8, min(wanted, soft - _RESERVED_DESCRIPTORS))
+    if found < wanted:
+        message = f"{found} connections instead of {wanted}: the system gives no more than {soft} file descriptors"
+        log({"message": message, "max_connections": found})
+    return found
 
 
 class _Server(uvicorn.Server):
@@ -120,14 +153,13 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         timer = asyncio.get_running_loop().call_later(self._drain_seconds, self._give_up)
-        paths = [bound.getsockname() for bound in sockets or [] if bound.family == getattr(socket, "AF_UNIX", None)]
         try:
             await super().shutdown(sockets)
         finally:
             timer.cancel()
             # Here: when this has returned, uvicorn raises the signal again, which ends the process.
-            for path in paths:
-                Path(path).unlink(missing_ok=True)
+            for bound in sockets or []:
+                release(bound)
 
     def _give_up(self) -> None:
         # On a thread: a lock is taken that a thread running a pass may hold for a moment.

@@ -24,6 +24,14 @@ def post(address, body):
         return json.loads(response.read()), response.headers
 
 
+@pytest.mark.parametrize("arguments", [{"replicas": 0}, {"replicas": 2, "autoscaling": {"max_replicas": 3}}])
+def test_replicas_that_contradict_are_refused(arguments):
+    from lastrerank.integrations.ray import deployment
+
+    with pytest.raises(ValueError, match="replicas is"):
+        deployment("model", **arguments)
+
+
 def test_served_by_two_replicas(cluster, folder, expected):
     from ray import serve
 
