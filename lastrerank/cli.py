@@ -71,14 +71,6 @@ def _named(model: str | None) -> str | Path:
     return default_model() if model is None else model
 
 
-def _api_key() -> str | None:
-    """A server's, None for none; one that is set and blank is more likely lost than not wanted."""
-    found = os.environ.get("LASTRERANK_API_KEY")
-    if found is not None and not found.strip():
-        raise ValueError("LASTRERANK_API_KEY is set and blank; unset it to serve without a key")
-    return None if found is None else found.strip()
-
-
 @app.command()
 def rerank(
     query: Annotated[str | None, typer.Argument(help="What is searched for; not with --requests.")] = None,
@@ -346,7 +338,9 @@ def serve(
             except OSError as error:
                 raise ValueError(f"{ssl_certfile} and {ssl_keyfile}: no certificate and key: {error}") from error
         limits = replace(limits, max_connections=listen.possible_connections(max_connections))
-        api_key = _api_key()
+        api_key = os.environ.get("LASTRERANK_API_KEY", "").strip() or None
+        if api_key is None and "LASTRERANK_API_KEY" in os.environ:
+            listen.log({"message": "LASTRERANK_API_KEY is set and blank: everyone is served"}, logging.WARNING)
         bound = listen.bind(host, port, uds)  # before the model, so that a taken port shows at once
         from lastrerank import Reranker
         from lastrerank.engine import Engine

@@ -126,6 +126,9 @@ def test_the_command(dataset_folder, tmp_path, small, pointwise, small_reranker)
         app, ["eval", str(dataset_folder), "--peer", "cross-encoder:x", "--max-doc-length", "5", "--model", str(small)]
     )
     assert capped.exit_code == 2 and ("cuts by its own tokenizer" in capped.output or "pip install" in capped.output)
+    for option, value in (("--dtype", "bfloat16"), ("--backend", "native")):
+        whose = CliRunner().invoke(app, ["eval", str(dataset_folder), "--peer", "cross-encoder:x", option, value])
+        assert whose.exit_code == 2 and "peers have their own" in whose.output
     twice = CliRunner().invoke(app, ["eval", str(dataset_folder), "--model", str(small), "--model", str(small)])
     assert twice.exit_code == 2 and "expected different names" in twice.output
     for option, value in (("--family", "qwen3-reranker"), ("--revision", "main")):

@@ -354,19 +354,22 @@ def test_nonsense_options_are_one_line(options, message):
     assert done.returncode == 2 and "Traceback" not in done.stderr and message in done.stderr.replace("\n", " ")
 
 
-def test_a_blank_key_is_no_key_that_was_wanted():
+@pytest.mark.parametrize(("key", "said"), [(" ", True), ("secret", False)])
+def test_a_blank_key_is_said(key, said):
     done = subprocess.run(
-        [sys.executable, "-m", "lastrerank", "serve", "--port", "0"], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"LASTRERANK_API_KEY": " "},
+        [sys.executable, "-m", "lastrerank", "serve", "--port", "0", "--model", "/nowhere"], capture_output=True,
+        text=True, timeout=120, env=os.environ | {"LASTRERANK_API_KEY": key},
     )  # fmt: skip
-    assert done.returncode == 2 and "LASTRERANK_API_KEY is set and blank" in done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert done.returncode == 2
+    assert [line["level"] for line in lines if "set and blank" in line["message"]] == ["warning"] * said
 
 
 def test_fewer_connections_than_wanted_are_said(monkeypatch):
     said = []
     monkeypatch.setattr(listen.resource, "getrlimit", lambda kind: (1000, 1000))
     monkeypatch.setattr(listen.resource, "setrlimit", lambda kind, limits: None)
-    monkeypatch.setattr(listen, "log", said.append)
+    monkeypatch.setattr(listen, "log", lambda entry, level: said.append(entry))
     assert listen.possible_connections(800) == 800 and not said
     assert listen.possible_connections(10_000) == 872
     assert said[0]["max_connections"] == 872 and "872 connections instead of 10000" in said[0]["message"]

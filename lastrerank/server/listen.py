@@ -130,7 +130,7 @@ def possible_connections(wanted: int) -> int:
     found = wanted if soft == resource.RLIM_INFINITY else max(8, min(wanted, soft - _RESERVED_DESCRIPTORS))
     if found < wanted:
         message = f"{found} connections instead of {wanted}: the system gives no more than {soft} file descriptors"
-        log({"message": message, "max_connections": found})
+        log({"message": message, "max_connections": found}, logging.WARNING)
     return found
 
 
@@ -304,10 +304,10 @@ _LOGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def log(entry: dict[str, Any]) -> None:
+def log(entry: dict[str, Any], level: int = logging.INFO) -> None:
     """A line of the server's log before it serves."""
     logging.config.dictConfig(_LOGS)
-    logger.info(entry["message"], extra={"entry": entry})
+    logger.log(level, entry["message"], extra={"entry": entry})
 
 
 def address(bound: socket.socket, has_tls: bool = False) -> str:
