@@ -46,7 +46,7 @@ def read_documents(sources: list[Path], column: str | None = None) -> tuple[list
             column and no table.
     """
     documents, names = [], []
-    if column is not None and not any(_may_be_table(source) for source in sources):
+    if column is not None and not any(map(_has_table, sources)):
         raise ValueError(f"column is {column!r}: none of the sources is a table (.csv, .tsv)")
     for source in sources:
         for name, document in _standard_input() if str(source) == "-" else _path(source, column or "text"):
@@ -55,9 +55,14 @@ def read_documents(sources: list[Path], column: str | None = None) -> tuple[list
     return documents, names
 
 
-def _may_be_table(source: Path) -> bool:
-    suffixes = [suffix.lower() for suffix in source.suffixes]
-    return source.is_dir() or any(suffix in _TABLES for suffix in suffixes[-2:])
+def _has_table(source: Path) -> bool:
+    return any(map(_has_table, _files_in(source))) if source.is_dir() else _suffix(source) in _TABLES
+
+
+def _suffix(path: Path) -> str:
+    """Without `.gz`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == ".gz" else suffix
 
 
 def json_lines_of(path: Path) -> Iterator[tuple[str, Any]]:
@@ -75,8 +80,8 @@ def json_lines_of(path: Path) -> Iterator[tuple[str, Any]]:
 def _unpacked(path: Path) -> tuple[bytes, str]:
     """A file's content and its suffix, without `.gz`."""
     try:
-        data, suffix = path.read_bytes(), path.suffix.lower()
-        return (gzip.decompress(data), Path(path.stem).suffix.lower()) if suffix == ".gz" else (data, suffix)
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix.lower() == ".gz" else data, _suffix(path)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
 

@@ -262,10 +262,13 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 def test_a_column_is_of_a_table(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "body": "b"}\n')
     (tmp_path / "a.csv").write_text("body\nb\n")
-    with pytest.raises(ValueError, match="column is 'body': none of the sources is a table"):
-        read_documents([tmp_path / "a.jsonl"], "body")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.csv.txt").write_text("body\nb\n")
+    for source in (tmp_path / "a.jsonl", tmp_path / "folder"):
+        with pytest.raises(ValueError, match="column is 'body': none of the sources is a table"):
+            read_documents([source], "body")
     assert read_documents([tmp_path / "a.csv"], "body")[0] == [{"text": "b"}]
-    assert len(read_documents([tmp_path], "body")[0]) == 2
+    assert len(read_documents([tmp_path], "body")[0]) == 3
 
 
 def test_an_empty_model_is_not_the_default(run):
