@@ -582,6 +582,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
 
       [[maybe_unused]] const std::conditional_t<F::kTiled, TileShape, int> shape{};
       const long padded = F::padded_rows(m);
+      // What is written before it is read need not be zero.
       const std::unique_ptr<float[]> p(new float[padded * kKeys]);
       const std::unique_ptr<Number[]> own_weights(new Number[in_place ? 0 : padded * kKeys]);
       std::vector<Number> queries(padded * width);

@@ -108,23 +108,25 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
         yield path.name, text
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """All but what is hidden; nothing that can't be read is left out."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: can't be read: {error.strerror or error}") from error
-
+def _files_in(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
+    """All but what is hidden, in order; nothing that can't be read is left out. above: the real folders it stands in."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link upwards has no end
+        return []
     found: list[Path] = []
-    seen = {os.path.realpath(folder)}
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-        reached = {name: os.path.realpath(os.path.join(parent, name)) for name in folders if not name.startswith(".")}
-        folders[:] = [name for name, real in reached.items() if real not in seen]  # or a link upwards has no end
-        seen |= set(reached.values())
-    for entry in found:
-        if entry.exists() and not entry.is_file():
-            raise ValueError(f"{entry}: no file")
-    return sorted(found)
+    try:
+        for entry in sorted(folder.iterdir()):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found += _files_in(entry, (*above, real))
+            elif entry.is_file() or not entry.exists():  # a link that leads nowhere is named when it is read
+                found.append(entry)
+            else:
+                raise ValueError(f"{entry}: neither a file nor a folder")
+    except OSError as error:
+        raise ValueError(f"{error.filename}: can't be read: {error.strerror or error}") from error
+    return found
 
 
 def _standard_input() -> Iterator[tuple[str, Any]]:

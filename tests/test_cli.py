@@ -240,21 +240,29 @@ def test_a_folder_loses_nothing(tmp_path):
     (elsewhere / "a.txt").write_text("linked")
     (folder / "linked").symlink_to(elsewhere)
     (folder / "upwards").symlink_to(folder)
-    assert read_documents([folder]) == (["linked"], ["linked/a.txt"])
+    (folder / "again").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    assert read_documents([folder]) == (["linked"] * 2, ["again/a.txt", "linked/a.txt"])
     (folder / "broken").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="broken: can't be read"):
         read_documents([folder])
     (folder / "broken").unlink()
     os.mkfifo(folder / "pipe")
-    with pytest.raises(ValueError, match="pipe: no file"):
+    with pytest.raises(ValueError, match="pipe: neither a file nor a folder"):
         read_documents([folder])
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    def walk(folder, onerror, followlinks):
-        onerror(PermissionError(13, "Permission denied", f"{folder}/closed"))
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("open")
+    real = Path.iterdir
 
-    monkeypatch.setattr("os.walk", walk)  # root may read everything
+    def iterdir(folder):  # root may read everything
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     with pytest.raises(ValueError, match="closed: can't be read: Permission denied"):
         read_documents([tmp_path])
 
