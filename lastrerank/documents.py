@@ -109,7 +109,7 @@ def _path(path: Path, column: str) -> Iterator[tuple[str, Any]]:
 
 
 def _files_in(folder: Path, above: tuple[str, ...] = ()) -> list[Path]:
-    """All but what is hidden, in order; nothing that can't be read is left out. above: the real folders it stands in."""
+    """All but what is hidden, in order; nothing that can't be read is left out. above: real folders it stands in."""
     real = os.path.realpath(folder)
     if real in above:  # a link upwards has no end
         return []
