@@ -50,12 +50,14 @@ def device_facts(tiny: bool, device: torch.device) -> Rows:
               "power.limit", "clocks_throttle_reasons.active", "temperature.gpu", "memory.total", "memory.used",
               "mig.mode.current", "pcie.link.gen.current", "ecc.mode.current"]  # fmt: skip
     facts: dict[str, Any] = {}
+    number = "0"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        number = f"GPU-{properties.uuid}"  # not the driver's first, where CUDA_VISIBLE_DEVICES names another
         facts = {"capability": list(torch.cuda.get_device_capability(device)),
                  "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda}  # fmt: skip
     if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={number}"]
         done = subprocess.run(command, capture_output=True, text=True)
         said = done.stdout.strip().split(", ")
         facts |= dict(zip(fields, said, strict=True)) if len(said) == len(fields) else {"nvidia-smi": done.stdout}
@@ -64,7 +66,9 @@ def device_facts(tiny: bool, device: torch.device) -> Rows:
 
 def correctness(tiny: bool, device: torch.device) -> Rows:
     """The kernels' tests on this device."""
-    workers = min(8, len(os.sched_getaffinity(0))) if device.type == "cuda" else 1  # compilers take the time
+    workers = 1
+    if device.type == "cuda":  # compilers take the time; tests of rows that lie far apart take 7 GiB each
+        workers = max(1, min(8, len(os.sched_getaffinity(0)), torch.cuda.mem_get_info(device)[0] >> 33))
     command = [sys.executable, "-m", "pytest", "tests/test_triton_kernels.py", "tests/test_graphs.py",
                "-p", "no:cacheprovider", *(["-k", "swiglu or bucket_gives"] if tiny else []),
                *(["--numprocesses", str(workers)] if workers > 1 else [])]  # fmt: skip
@@ -259,6 +263,7 @@ def attention(tiny: bool, device: torch.device) -> Rows:
 
 def seconds(tiny: bool, device: torch.device) -> Rows:
     """Where the time of one pass goes, by the profiler: kernels of an eager pass and of a graph's replay."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     from bench.end_to_end import make_requests
@@ -275,7 +280,9 @@ def seconds(tiny: bool, device: torch.device) -> Rows:
             activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
             with profile(activities=activities) as found:
                 scores(reranker, query, documents)
-            times = {e.key: e.self_device_time_total or e.self_cpu_time_total for e in found.key_averages()}
+            kind = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+            times = {e.key: e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total
+                     for e in found.key_averages() if e.device_type == kind}  # fmt: skip
             longest = sorted(times.items(), key=lambda item: -item[1])[:15]
             rows.append({"shape": f"{shape[1]}x{shape[2]}", "pass": name,
                          "microseconds": {key[:80]: round(value, 1) for key, value in longest},

@@ -42,9 +42,12 @@ TILES = {
 _ROWS_TILE = (16, 32, 8, 3, 1)
 # Query heads of a KV head: a tile holds one position's at least.
 MOST_GROUP = _ROWS_TILE[0]
-# By chip, a kernel of its own. It is written in what Triton has since 3.6 and calls experimental.
+# By chip, a kernel of its own. It is written in what Triton has since 3.6 and calls experimental: 3.5 imports it, and
+# fails to compile it.
 OWN: dict[str, ModuleType] = {}
 try:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        raise ImportError(f"Triton is {triton.__version__}, expected 3.6 or newer")
     from lastrerank.kernels import attention_hopper
 
     OWN["sm_90"] = attention_hopper

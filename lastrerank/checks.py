@@ -339,6 +339,8 @@ def _check_graph(context: _Context, own: Model) -> None:
     eager = own.hidden_states(bucket)[: len(batch.read_rows)]
     graphs = GraphedModel(own, context.device, (_BUCKET,))
     graphs.capture()
+    for error in graphs.failed.values():
+        raise error
     replayed = graphs.hidden_states(batch)
     if replayed is None or not torch.equal(replayed, eager):
         raise FailedError("a graph's replay is not what its passes compute")

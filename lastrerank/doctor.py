@@ -15,7 +15,7 @@ import torch
 from lastrerank import Reranker, __version__, ops, selfcheck
 from lastrerank.checkpoint import BUNDLED, open_checkpoint, resolve
 from lastrerank.goldens import GOLDENS, golden_of
-from lastrerank.reranker import resolve_device
+from lastrerank.reranker import DTYPES, default_dtype, resolve_device
 
 _SELF_CHECK_TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
 
@@ -25,7 +25,7 @@ def examine(device: str = "auto", model: str | Path = BUNDLED) -> dict[str, Any]
     with which instructions and how fast its kernels multiply; on a GPU whether the compiled kernels are found right for
     the shape of `model`, which is what "auto" goes by."""
     target = resolve_device(device)
-    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    dtype = DTYPES[default_dtype(target)]
     versions = {"lastrerank": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "transformers", "tokenizers", "safetensors", "numpy"):
         try:
@@ -90,6 +90,8 @@ def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:
     from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 
     documents = [GOLDENS[0].documents[i % 3] * (1 + i % 7) for i in range(40)]
+    difference: dict[str, float] = {}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(folder, "tiny-v3.5", tokenizer=small_tokenizer())
 
@@ -97,13 +99,15 @@ def _self_check(device: torch.device, backends: list[str]) -> dict[str, Any]:
             return _scores(Reranker.from_pretrained(folder, **loading), documents)
 
         truth = scores(device="cpu", backend="reference")
-        difference = {
-            backend: max(
-                abs(a - b) for a, b in zip(truth, scores(device=str(device), backend=backend), strict=True)
-            )
-            for backend in backends
-        }
-    return {"ok": all(d <= _SELF_CHECK_TOLERANCE[device.type] for d in difference.values()), "difference": difference}
+        for backend in backends:
+            try:
+                found = scores(device=str(device), backend=backend)
+            except Exception as error:  # whatever a compiler or a driver says: the report goes on
+                failed[backend] = f"{type(error).__name__}: {selfcheck.line_that_says_it(error)}"
+            else:
+                difference[backend] = max(abs(a - b) for a, b in zip(truth, found, strict=True))
+    right = all(d <= _SELF_CHECK_TOLERANCE[device.type] for d in difference.values())
+    return {"ok": right and not failed, "difference": difference, "failed": failed}
 
 
 def verify_checkpoint(id_or_path: str | Path, device: str = "auto") -> dict[str, Any]:

@@ -97,8 +97,9 @@ class GraphedModel:
         self._model, self._device, self.buckets = model, device, buckets
         self._lock = threading.Lock()
         self._captured: dict[int, _Captured] = {}
-        self._failed: set[int] = set()
-        # One stream for every warm-up and capture: libraries keep a workspace for each they have seen.
+        self.failed: dict[int, Exception] = {}  # buckets that can't be captured, and why
+        # Of captures alone. A library keeps a workspace for each stream it has seen: this one's is made within a
+        # capture, so it belongs to the graphs' pool and nobody else is given it, whoever has the library drop it.
         self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
 
@@ -108,15 +109,11 @@ class GraphedModel:
         return tuple(sorted(self._captured))
 
     def capture(self) -> None:
-        """All buckets, before passes need them.
-
-        Raises:
-            RuntimeError: one can't be captured, for a lack of memory or whatever a driver says.
-        """
+        """All buckets, before passes need them. One that can't be captured, for a lack of memory or whatever a driver
+        says, is in `failed`, with a warning."""
         with self._lock:
             for tokens in reversed(self.buckets):
-                if tokens not in self._captured:
-                    self._captured[tokens] = self._capture(tokens)
+                self._bucket(tokens)
 
     def hidden_states(self, batch: PackedBatch) -> torch.Tensor | None:
         """As `Model.hidden_states`, or None if no bucket holds the pass or it can't be captured."""
@@ -144,11 +141,11 @@ class GraphedModel:
         the lock."""
         # The largest first: the others then fit into its memory.
         for wanted in (self.buckets[-1], tokens):
-            if wanted not in self._captured and wanted not in self._failed:
+            if wanted not in self._captured and wanted not in self.failed:
                 try:
                     self._captured[wanted] = self._capture(wanted)
                 except Exception as error:  # the ordinary pass may do without what it lacked
-                    self._failed.add(wanted)
+                    self.failed[wanted] = error
                     logger.warning("lists of %d tokens will take longer: no CUDA graph (%s)", wanted, error)
         return self._captured.get(tokens)
 
@@ -158,10 +155,7 @@ class GraphedModel:
             self._stream, self._pool = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
         bucket, stream = empty_bucket(tokens, self._device), self._stream
         current = torch.cuda.current_stream(self._device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
-        current.wait_stream(stream)
+        self._model.hidden_states(bucket)  # compiles kernels and sets libraries up, which a capture must not
         graph = torch.cuda.CUDAGraph()
         # Thread-local: what other threads do, an engine's among them, is no part of the capture. A capture that fails
         # may leave the thread on its stream: the outer one puts it back.

@@ -46,9 +46,11 @@ def _fp32_products(device: str) -> tuple[Callable[[], Any], Callable[[Any], None
 
 
 def _half_sums(device: str) -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
-    """Whether parts of a 16-bit product are summed in fp32: by default a library may do it in 16 bit."""
+    """Whether 16-bit products are summed in fp32, parts of them too, which by default a library may add in 16 bit."""
     matmul = torch.backends.cuda.matmul
     names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")] if device == "cuda" else []
+    if device == "cuda" and hasattr(matmul, "allow_fp16_accumulation"):  # from PyTorch 2.7 on
+        names.append("allow_fp16_accumulation")
     return [(partial(getattr, matmul, name), partial(setattr, matmul, name), (False,)) for name in names]
 
 

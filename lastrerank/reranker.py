@@ -104,7 +104,7 @@ class Reranker(CrossEncoderFace):
         Args:
             id_or_path: folder, bundled name or Hub id; default: the small checkpoint in the package.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-            dtype: "auto" (float32 on a CPU, bfloat16 on a GPU), "float32", "bfloat16", "float16", or quantised linears,
+            dtype: "auto" (see `default_dtype`), "float32", "bfloat16", "float16", or quantised linears,
                 whose scores differ: "int8" (native backend), "float8" (Triton backend, Ada or newer).
             backend: "auto" or one of `lastrerank.ops.BACKENDS`. "auto" takes the Triton kernels on a GPU if they pass
                 a check of this model's shape (see `lastrerank.selfcheck`), made once.
@@ -126,7 +126,7 @@ class Reranker(CrossEncoderFace):
             raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {list(ops.BACKENDS)}")
         known = None if isinstance(family, str) and family == "auto" else named(family)
         if kind == "auto":
-            kind = "float32" if target.type == "cpu" else "bfloat16"
+            kind = default_dtype(target)
         source = open_checkpoint(id_or_path, revision, known)
         if Path(id_or_path).is_dir():  # another process may stand in another folder
             made_by["id_or_path"] = str(Path(id_or_path).resolve())
@@ -506,13 +506,13 @@ def _load_again(made_by: dict[str, Any], wanted: str) -> Reranker:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`.
+    """The device called `name`; "cuda" is the caller's current one, by its number.
 
     Raises:
         ValueError: unknown, or not on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -523,7 +523,16 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}, but this PyTorch sees no CUDA device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:  # the current one is each thread's own
+        return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """What "auto" is: bfloat16, in which checkpoints are published, on a GPU that has units for it; else float32."""
+    if device.type == "cpu" or (torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)):
+        return "float32"
+    return "bfloat16"
 
 
 def _blocks_of(

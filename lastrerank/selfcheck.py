@@ -19,9 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,7 @@ SWITCH = "LASTRERANK_SELF_CHECK"
 @dataclass(frozen=True)
 class Verdict:
     """reason: what failed, None if nothing did. seconds: the check took. key: digest of what it holds for. lasting: it
-    is kept, which only right and wrong numbers and a crash are: whatever else stopped a check may be gone the next
-    time."""
+    is kept, since it says something of the kernels: whatever else stopped a check may be gone the next time."""
 
     ok: bool
     reason: str | None
@@ -60,16 +58,17 @@ def facts(backend: str, config: ModelConfig, device: torch.device, dtype: torch.
     """Everything a verdict depends on, as JSON can hold it."""
     import lastrerank.kernels
 
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    sources = sorted(path for folder in lastrerank.kernels.__path__ for path in Path(folder).glob("*.py"))
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    here = Path(__file__).parent
+    sources = [path for folder in lastrerank.kernels.__path__ for path in Path(folder).glob("*.py")]
+    sources += [here / f"{name}.py" for name in ("checks", "graphs", "isolation", "model")]
     return {
-        "backend": backend, "dtype": str(dtype), "shape": _shape(config), "kernels": digest(*sources),
-        "lastrerank": installed("lastrerank"), "torch": torch.__version__, "triton": installed("triton"),
+        "backend": backend, "dtype": str(dtype), "shape": _shape(config),
+        "sources": digest(*sorted([*sources, *here.glob("ops/*.py")])), "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", None),  # whatever its distribution is called (AMD's has another name)
         "device": device_facts(device),
     }  # fmt: skip
 
@@ -161,14 +160,10 @@ def _one_at_a_time(key: str) -> Iterator[None]:
     """Workers that start together check once: on one GPU several checks would disturb each other's time."""
     import fcntl
 
-    try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        file = (cache_folder() / f".{key}.lock").open("a")
-    except OSError:
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        with suppress(OSError):  # a home that can't be written to, or that knows no locks
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context((cache_folder() / f".{key}.lock").open("a")), fcntl.LOCK_EX)
         yield
 
 
@@ -190,11 +185,14 @@ def _run(command: Sequence[str], specification: str, limit: float) -> tuple[str 
         ended = True
         try:
             process.communicate(specification, timeout=limit)
-        except subprocess.TimeoutExpired:  # with the compilers that it may have started; a driver may hold it longer
+        except subprocess.TimeoutExpired:
             ended = False
-            os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(5)
+        finally:
+            if process.poll() is None:  # late, or whoever waits is interrupted
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it may have started
+                with suppress(subprocess.TimeoutExpired):  # a driver may hold it longer
+                    process.wait(5)
         output.seek(0)
         errors.seek(0)
         said = _objects(output.read())
@@ -202,12 +200,13 @@ def _run(command: Sequence[str], specification: str, limit: float) -> tuple[str 
     doing = next((entry["checking"] for entry in reversed(said) if "checking" in entry), "it started")
     if not ended:
         return f"no end within {limit:g} s, when {doing}", False
-    result = said[-1] if said and "ok" in said[-1] else None
-    if result is None or process.returncode:
+    result = said[-1] if said and "ok" in said[-1] else {}
+    if result.get("ok") is False:  # a device that is lost may make the process end badly after it has said so
+        return result["reason"], result["lasting"]
+    if not result or process.returncode:
         crashed = process.returncode in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL)
-        illegal = crashed or "illegal" in last_error  # access or instruction: an error of the device, by its name
-        return f"the check ended with status {process.returncode}, when {doing}: {last_error:.200}", illegal
-    return (None, True) if result["ok"] else (result["reason"], result["lasting"])
+        return f"the check ended with status {process.returncode}, when {doing}: {last_error:.200}", crashed
+    return None, True
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
@@ -231,22 +230,51 @@ def main() -> None:
     config = ModelConfig(**fields)
     device, dtype = torch.device(given["device"]), getattr(torch, given["dtype"].removeprefix("torch."))
 
+    doing = "it looked for a compiler"
+
     def begin(what: str) -> None:
+        nonlocal doing
+        doing = what
         print(json.dumps({"checking": what}), flush=True)
 
+    begin(doing)
     try:
-        begin("it looked for a compiler")
         missing = None if device.type == "cpu" else missing_for_triton()
         if missing is not None:
             print(json.dumps({"ok": False, "reason": missing, "lasting": False}))
             return
         check(BACKENDS[given["backend"]](device, dtype), config, device, dtype, begin)
-    except FailedError as error:
-        print(json.dumps({"ok": False, "reason": str(error), "lasting": True}))
-    except (SlowError, torch.cuda.OutOfMemoryError) as error:
-        print(json.dumps({"ok": False, "reason": str(error), "lasting": False}))
+    except (FailedError, SlowError) as error:
+        print(json.dumps({"ok": False, "reason": str(error), "lasting": isinstance(error, FailedError)}))
+    except Exception as error:
+        reason = f"{type(error).__name__} when {doing}: {line_that_says_it(error):.200}"
+        print(json.dumps({"ok": False, "reason": reason, "lasting": is_of_the_kernels(error)}))
     else:
         print(json.dumps({"ok": True}))
+
+
+# What a driver calls a fault of a kernel, where all else is the machine's.
+_FAULTS = (
+    "illegal", "misaligned", "launch failure", "invalid program counter", "invalid address space", "no kernel image",
+    "invalid device function", "device-side assert",
+)  # fmt: skip
+
+
+def is_of_the_kernels(error: Exception) -> bool:
+    """Whether an error says something of the kernels and of what compiles them, so that it would come again: not a lack
+    of memory or of a C compiler, nor what else may ail a device."""
+    text = str(error)
+    if isinstance(error, (OSError, MemoryError, subprocess.SubprocessError)) or "out of memory" in text.lower():
+        return False
+    if any(driver in text for driver in ("CUDA error", "HIP error", "Triton Error")):
+        return any(fault in text for fault in _FAULTS)
+    return True
+
+
+def line_that_says_it(error: Exception) -> str:
+    """Of an error's message: Triton quotes the source before it, PyTorch adds advice behind."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return lines[-1 if type(error).__module__.startswith("triton") else 0].strip()
 
 
 def missing_for_triton() -> str | None:

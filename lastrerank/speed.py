@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lastrerank import ops
-from lastrerank.reranker import Reranker, RerankRequest, resolve_device
+from lastrerank.reranker import Reranker, RerankRequest, default_dtype, resolve_device
 
 # What counts as the reference's scores in float32: attention's logits of 700 leave some 3e-5.
 SAME = 2e-4
@@ -53,7 +53,7 @@ def measure(
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     target = resolve_device(device)
-    dtype = "float32" if target.type == "cpu" else "bfloat16"
+    dtype = default_dtype(target)
     available = [name for name, reason in ops.availability(target, getattr(torch, dtype)).items() if reason is None]
     variants = [(name, dtype) for name in available] + [
         ("native", other) for other in ("bfloat16", "int8") if "native" in available

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lastrerank import Reranker, doctor
+from lastrerank import Reranker, doctor, ops
 from lastrerank.families import FAMILIES
 from lastrerank.goldens import GOLDENS, golden_of
+from lastrerank.ops.reference import ReferenceOperations
 from lastrerank.random_checkpoint import small_tokenizer, texts_for, write_random_checkpoint
+from lastrerank.show import report_lines
 
 PUBLISHED = [
     "jinaai/jina-reranker-v3", "jinaai/jina-reranker-v3.5", "Qwen/Qwen3-Reranker-0.6B", "Qwen/Qwen3-Reranker-4B",
@@ -26,6 +28,21 @@ def test_every_published_checkpoint_has_its_own():
     assert golden_of("Qwen/Qwen3-0.6B") is None and golden_of("jina-reranker-v2") is None
     for golden in GOLDENS:
         assert len(golden.documents) == len(golden.scores) and golden.tolerance > 0 and golden.source
+
+
+def test_a_backend_that_fails_is_a_line_of_the_report(monkeypatch):
+    """A report is asked for where something is wrong."""
+
+    class Fails(ReferenceOperations):
+        def attention(self, *arguments, **options):
+            raise TypeError("warp_specialize() missing 3 required positional arguments")
+
+    monkeypatch.setitem(ops.BACKENDS, "native", lambda device, dtype: Fails())
+    monkeypatch.setattr(doctor, "_products", lambda: None)
+    report = doctor.examine("cpu")
+    assert not report["self_check"]["ok"] and set(report["self_check"]["difference"]) == {"reference"}
+    [line] = [line for line in report_lines(report) if line.startswith("self-check")]
+    assert "FAILED" in line and "native fails: TypeError: warp_specialize() missing 3" in line
 
 
 @pytest.fixture

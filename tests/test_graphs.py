@@ -133,6 +133,22 @@ def test_a_pass_without_its_graph_is_an_ordinary_one(small_reranker, documents, 
     assert "no memory" in warning.message
 
 
+def test_a_bucket_that_can_not_be_captured_is_done_without(small_reranker, stand_in_graphs, monkeypatch, caplog):
+    graphs, _ = stand_in_graphs
+    capture = GraphedModel._capture
+
+    def fails(self, tokens):
+        if tokens == 1024:
+            raise torch.OutOfMemoryError("no memory")
+        return capture(self, tokens)
+
+    monkeypatch.setattr(GraphedModel, "_capture", fails)
+    monkeypatch.setattr(small_reranker, "_graphs", graphs)
+    small_reranker.warmup()
+    assert graphs.captured == (512, 2048) and list(graphs.failed) == [1024]
+    assert ["no memory" in record.message for record in caplog.records] == [True]
+
+
 def test_warmup_changes_no_score(small, documents):
     reranker = Reranker.from_pretrained(small, device="cpu")
     before = reranker.rerank("a query", documents[:5])

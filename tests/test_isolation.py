@@ -185,14 +185,21 @@ def test_sums_of_16_bit_products_on_a_gpu_are_fp32_and_what_was_set_is_put_back(
     """The flags are there without a GPU; by default PyTorch lets a library sum parts of a product in 16 bit."""
     from lastrerank import isolation
 
-    matmul, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
-    before = getattr(matmul, name)
-    isolation._enter("cuda")
+    matmul = torch.backends.cuda.matmul
+    names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+    if hasattr(matmul, "allow_fp16_accumulation"):
+        names.append("allow_fp16_accumulation")
+        matmul.allow_fp16_accumulation = True
+    before = {name: getattr(matmul, name) for name in names}
+    assert all(before.values())
     try:
-        assert before and not getattr(matmul, name) and not matmul.allow_fp16_reduced_precision_reduction
-    finally:
+        isolation._enter("cuda")
+        assert not any(getattr(matmul, name) for name in names)
         isolation._leave("cuda")
-    assert getattr(matmul, name) == before
+        assert {name: getattr(matmul, name) for name in names} == before
+    finally:
+        if "allow_fp16_accumulation" in names:
+            matmul.allow_fp16_accumulation = False
 
 
 def test_state_is_put_back_when_the_last_pass_is_done():

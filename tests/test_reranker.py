@@ -13,6 +13,7 @@ import torch
 import lastrerank.progress
 from bench.baseline import TransformersReranker
 from lastrerank import Reranker, RerankRequest
+from lastrerank.reranker import default_dtype, resolve_device
 
 TOLERANCE = 2e-5
 
@@ -268,6 +269,21 @@ def test_bad_requests_and_pairs(small_reranker):
 def test_unknown_choices_are_named(small, argument, message):
     with pytest.raises(ValueError, match=message):
         Reranker.from_pretrained(small, **argument)
+
+
+def test_a_gpu_is_known_by_its_number(monkeypatch):
+    """The current device is each thread's own: an engine's would be another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0) and resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")])
+def test_the_default_dtype_is_one_that_the_gpu_has_units_for(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert default_dtype(torch.device("cuda", 0)) == dtype and default_dtype(torch.device("cpu")) == "float32"
 
 
 @pytest.mark.parametrize("size", [3e38, 1e37])

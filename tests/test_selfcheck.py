@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import signal
+import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -218,7 +222,9 @@ def test_facts_of_a_gpu_ask_no_more_than_is_there(config, monkeypatch):
 @pytest.mark.parametrize(("code", "message"), [
     ("import os, json; print(json.dumps({'checking': 'attention ran'}), flush=True); os.abort()",
      r"ended with status -6, when attention ran"),
-    ("raise SystemError('illegal memory access')", "ended with status 1, when it started: .*illegal memory access"),
+    # A device that is lost ends the process badly once it has said what is wrong.
+    ("import json, os; print(json.dumps({'ok': False, 'reason': 'wrong', 'lasting': True}), flush=True); os.abort()",
+     "^wrong$"),
     ("import json; print(5); print('null'); print(json.dumps({'ok': False, 'reason': 'wrong', 'lasting': True}))",
      "^wrong$"),
     ("import json; print('a library speaks'); print(json.dumps({'ok': False, 'reason': 'wrong', 'lasting': True}))",
@@ -230,6 +236,79 @@ def test_how_a_check_may_end(config, code, message):
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(found.reason)
     assert verdict(config, "import json; print(json.dumps({'ok': True}))") == found  # kept
+
+
+CUDA_ADVICE = "\nCUDA kernel errors might be reported later.\nCompile with `TORCH_USE_CUDA_DSA` to enable assertions.\n"
+
+
+class CompilationError(Exception):
+    """As Triton's: the source first, then what is wrong with it."""
+
+    __module__ = "triton.compiler.errors"
+
+
+@pytest.mark.parametrize(("error", "reason", "lasting"), [
+    (checks.FailedError("logit is off by 2"), "logit is off by 2", True),
+    (checks.SlowError("it takes 2 ms"), "it takes 2 ms", False),
+    (RuntimeError("CUDA error: an illegal memory access was encountered" + CUDA_ADVICE),
+     "RuntimeError when attention ran: CUDA error: an illegal memory access was encountered", True),
+    (RuntimeError("CUDA error: misaligned address" + CUDA_ADVICE),
+     "RuntimeError when attention ran: CUDA error: misaligned address", True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+     "RuntimeError when attention ran: CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+     False),
+    (RuntimeError("Triton Error [CUDA]: out of memory"),
+     "RuntimeError when attention ran: Triton Error [CUDA]: out of memory", False),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+     "OutOfMemoryError when attention ran: CUDA out of memory. Tried to allocate 2 GiB.", False),
+    (CompilationError("at 9:4:\n    gl.warp_specialize([\n    ^\nmissing 3 required positional arguments"),
+     "CompilationError when attention ran: missing 3 required positional arguments", True),
+    (TypeError("got an unexpected keyword"), "TypeError when attention ran: got an unexpected keyword", True),
+    (subprocess.CalledProcessError(1, ["gcc"]), r"CalledProcessError when attention ran: Command '['gcc']' returned "
+     "non-zero exit status 1.", False),
+])  # fmt: skip
+def test_what_a_check_meets_lasts_if_it_is_of_the_kernels(config, error, reason, lasting, monkeypatch, capsys):
+    """What lasts is kept, and a chip with an attention kernel of its own then tries the portable one."""
+
+    def meets(operations, config, device, dtype, begin):
+        begin("attention ran")
+        raise error
+
+    specification = {"backend": "reference", "config": asdict(config), "device": "cpu", "dtype": "torch.float32"}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(specification)))
+    monkeypatch.setattr(selfcheck, "check", meets)
+    selfcheck.main()
+    *_, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last) == {"ok": False, "reason": reason, "lasting": lasting}
+
+
+def test_who_is_interrupted_leaves_no_check_behind(config, tmp_path, monkeypatch):
+    """Ctrl-C while a check runs: it has a session of its own, and would go on."""
+    started = subprocess.Popen
+    made = []
+
+    class Interrupted(started):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+        def communicate(self, *arguments, **options):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(selfcheck.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verdict(config, "import time; time.sleep(60)")
+    assert made[0].poll() == -signal.SIGKILL
+
+
+def test_a_cache_without_locks_is_used_without(config, monkeypatch):
+    import fcntl
+
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert verdict(config, "import json; print(json.dumps({'ok': True}))").ok
 
 
 def test_a_check_that_hangs_is_stopped(config):
@@ -332,7 +411,7 @@ def test_a_chip_whose_own_kernel_fails_goes_on_with_the_portable_one(a_gpu, conf
     shown = doctor._kernels(CPU, torch.float32, BUNDLED)
     assert (shown["backend"], shown["ok"], shown["refused"]["reason"]) == (name, True, "attention is off by 2.0")
     report = {"versions": {}, "device": "cuda", "backends": {}, "products": None, "kernels": shown,
-              "self_check": {"ok": True, "difference": {}}}  # fmt: skip
+              "self_check": {"ok": True, "difference": {}, "failed": {}}}  # fmt: skip
     assert [line.split(": ")[1] for line in report_lines(report)[-2:]] == ["REFUSED", "right (2 s, bbbbbbbbbbbb)"]
 
     verdicts["triton-portable"] = selfcheck.Verdict(False, "swiglu is off by 3.0", 1.0, "c" * 20)
@@ -357,6 +436,22 @@ def test_the_portable_kernel_is_a_backend_of_chips_with_their_own_alone(monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(RuntimeError, match="no attention kernel of its own"):
         ops.select("triton-portable", device, torch.bfloat16)
+
+
+def test_kernels_are_launched_on_their_tensors_device(monkeypatch):
+    """Triton launches on the current one, which is each thread's own."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from lastrerank.ops.triton import on_its_device
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    launch = on_its_device(lambda first, second: (list(entered), second))
+    first = SimpleNamespace(device=torch.device("cuda", 1))
+    assert launch(first, 5) == ([first.device], 5)
+    assert launch(torch.zeros(1), 5) == ([first.device], 5)  # on a CPU nothing is entered
 
 
 def test_the_check_can_be_switched_off(a_gpu, config, monkeypatch):
@@ -392,7 +487,7 @@ def test_older_gpus_are_refused(capability, served, monkeypatch):
 
 def test_doctor_shows_the_verdict():
     report = {"versions": {}, "device": "cuda", "backends": {}, "products": None,
-              "self_check": {"ok": True, "difference": {}}}  # fmt: skip
+              "self_check": {"ok": True, "difference": {}, "failed": {}}}  # fmt: skip
     kernels = {"backend": "triton", "model": "a-model", "ok": False, "reason": "wrong", "seconds": 12.5,
                "key": "abc" * 9}  # fmt: skip
     assert report_lines(report | {"kernels": kernels})[-1].split(maxsplit=1)[1] == (
