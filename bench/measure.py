@@ -18,16 +18,24 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# Modules whose versions decide a figure, and what they are installed as.
+_PACKAGES = (
+    ("transformers", "transformers"), ("triton", "triton"), ("openvino", "openvino"), ("nncf", "nncf"),
+    ("onnxruntime", "onnxruntime"), ("llama_cpp", "llama-cpp-python"), ("torchao", "torchao"),
+    ("sentence_transformers", "sentence-transformers"),
+)  # fmt: skip
 _COMMIT = ("git", "describe", "--always", "--dirty", "--exclude=*")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, device and versions."""
-    cpu = platform.processor() or platform.machine()
+    """Processor, threads, device and versions, of peers those that have been imported."""
+    cpu, kind = platform.processor() or platform.machine(), []
     flags: list[str] = []
     try:
         info = Path("/proc/cpuinfo").read_text()
         cpu = next(line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name"))
+        said = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+        kind = [int(value) for name, value in said.items() if name.strip() in ("cpu family", "model")]
         known = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8")
         listed = next(line for line in info.splitlines() if line.startswith("flags")).split()
         flags = [flag for flag in known if flag in listed]
@@ -37,12 +45,11 @@ def machine() -> dict[str, Any]:
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(_COMMIT, capture_output=True, text=True).stdout.strip()
     facts = {
-        "cpu": cpu, "flags": flags, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cpu": cpu, "family_and_model": kind, "flags": flags, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        facts["triton"] = importlib.metadata.version("triton")
+    facts |= {package: importlib.metadata.version(package) for module, package in _PACKAGES if module in sys.modules}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts

@@ -313,3 +313,11 @@ class LlamaCpp(Peer):
 
 class LlamaCppF16(LlamaCpp):
     kind, file = "F16", "llama-f16.gguf"
+
+
+class LlamaCppBF16(LlamaCpp):
+    kind, file = "BF16", "llama-bf16.gguf"
+
+
+class LlamaCppQ4(LlamaCpp):
+    kind, file = "Q4_0", "llama-q4_0.gguf"

@@ -411,6 +411,8 @@ struct Of {
   // Steps of grids to either side of zero, but for softmax's weights, none of which is below it.
   static constexpr float kWeightGrid = kEight ? (kZero == 0 ? 127.0f : 255.0f) : 2895.0f,
                          kValueGrid = kEight ? 127.0f : 2895.0f;
+  // The largest that is still finite as one of them: halfway to the number after bf16's largest it is an infinity.
+  static constexpr float kLargest = kFormat == Format::kFp32 ? 0x1.fffffep127f : 0x1.fefffep127f;
   static_assert(double(kKeys) * kWeightGrid * kValueGrid < 2147483648.0, "a tile's sum must fit");
 
   // The same of queries and keys, whose sum is over a head's width.
@@ -544,7 +546,7 @@ void attention_in(int threads, const float* q, long ldq, long rows, const int64_
         if (key + kAhead < length) prefetch(value_row(key + kAhead) + head * dim, dim);
         Number* to = &row[i * value_columns];
         scales[j + i] = F::encode(value, there, value_columns, 1.0f, F::kValueGrid, 0, scratch.data(), to);
-        if (!F::kGrid && std::isnan(magnitude(value, there))) {
+        if (!F::kGrid && !(magnitude(value, there) <= F::kLargest)) {
           std::fill(to, to + value_columns, Number{0});
           scales[j + i] = NAN;
         }

@@ -75,6 +75,8 @@ class Places {
     CPU_XOR(&free, &allowed, &taken_);
     CPU_AND(&free, &free, &allowed);
     if (CPU_COUNT(&free) == 0 || sched_setaffinity(0, sizeof free, &free) != 0) return;
+    cpu_set_t now;  // another one, where somebody else has set it meanwhile: his stays
+    if (sched_getaffinity(0, sizeof now, &now) == 0 && !CPU_EQUAL(&now, &free)) return;
     sched_setaffinity(0, sizeof allowed, &allowed);
   }
 

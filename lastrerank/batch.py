@@ -31,8 +31,8 @@ class BatchRequest:
 
 
 def read_requests(path: str | os.PathLike[str], options: Mapping[str, Any]) -> list[BatchRequest]:
-    """Requests, one a line: an object with `query`, `documents`, and what else a `RerankRequest` has; `id` comes back,
-    as do the documents' (`id` or `_id`).
+    """Requests, one a line: an object of `query`, `documents` and what else a `RerankRequest` has, null as if absent;
+    `id` comes back, as do the documents' (`id` or `_id`).
 
     Args:
         options: of requests that don't state them.
@@ -44,7 +44,7 @@ def read_requests(path: str | os.PathLike[str], options: Mapping[str, Any]) -> l
     for where, row in json_lines_of(Path(path)):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with 'query' and 'documents', got {str(row)[:60]!r}")
-        given = {name: value for name, value in row.items() if name != "id"}
+        given = {name: value for name, value in row.items() if name != "id" and value is not None}
         if given.pop("return_embeddings", False) is not False:
             raise ValueError(f"{where}.return_embeddings is {row['return_embeddings']!r:.40}: no file holds embeddings")
         try:
@@ -90,6 +90,8 @@ def rerank_file(
     target = Path(output)
     kept = target.with_name(f"{target.name}.settings.json")
     for name, path in (("output", target), ("trec", target if trec is None else Path(trec))):
+        if path.name == "-":
+            raise ValueError(f"{name} is '-', expected a file: what it holds is not done again")
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{name} is {path}, whose folder isn't there")
     for one in requests:

@@ -24,6 +24,7 @@ from lastrerank import adapters
 from lastrerank.adapters import Adapter
 from lastrerank.config import INT8_MAX, ModelConfig
 from lastrerank.families import ALIASES, PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
+from lastrerank.isolation import isolated
 from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
 from lastrerank.ops import Weight
@@ -37,10 +38,11 @@ from lastrerank.stored import (
     PROJECTOR,
     Tensors,
     canonical,
-    checkpoint_files,
     expected_tensors,
     read_bytes,
     read_json,
+    small_files,
+    weight_files,
 )
 
 logger = logging.getLogger("lastrerank")
@@ -95,7 +97,9 @@ class Checkpoint:
             ValueError: a file is damaged or has changed since, or tensors are missing, unknown, misshapen, twice there
                 or not finite.
         """
-        with Tensors(self.folder) as tensors:
+        # Products of adapters and rotations are fp32 ones, whatever the process computes by.
+        cpu = isolated(torch.device("cpu"), inference=False)
+        with Tensors(self.folder) as tensors, cpu, isolated(device, inference=False):
             loaded = _load(self, tensors, device, dtype, prepare)
         self._check_current("while it was read")
         return loaded
@@ -215,6 +219,8 @@ def open_checkpoint(
         before = [FileState.of(folder / n) for n in (adapters.CONFIG, adapters.WEIGHTS) if (folder / n).exists()]
         adapter = adapters.read_adapter(folder)
         base, folder = resolve_base(adapter)
+    # As they are before they are read: one that is replaced meanwhile is found out when the weights are.
+    small = [FileState.of(path) for path in small_files(folder)]
     raw, config, tokenizer, tokenizer_config = _small_files(folder)
     if family is None:
 
@@ -223,7 +229,7 @@ def open_checkpoint(
                 return any(PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
         family = recognise(base, folder, raw, has_projector, read_json)
-    files = (*(FileState.of(path) for path in checkpoint_files(folder)), *before)
+    files = (*small, *(FileState.of(path) for path in weight_files(folder)[0]), *before)
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter, base)
 
 
@@ -375,7 +381,7 @@ def _load(
         else:
             matrix = _LM_HEAD if _LM_HEAD in stored else EMBEDDING
             rows = [(matrix, number) for number in logit.token_ids(checkpoint.tokenizer)]
-        vector = torch.zeros(config.hidden_size)
+        vector = torch.zeros(config.hidden_size, dtype=torch.float32, device="cpu")
         for (name, number), sign in zip(rows, (1, -1), strict=True):
             if number is not None:
                 row = tensors.rows(stored[name], number).float()

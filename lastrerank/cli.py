@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import ssl
 import sys
 import time
@@ -321,6 +322,7 @@ def serve(
         from lastrerank.server import listen
         from lastrerank.server.limits import Limits
 
+        listen.log_as_json()
         for name, seconds in (("--keep-alive", keep_alive), ("--drain-timeout", drain_timeout)):
             if not (math.isfinite(seconds) and 0 <= seconds <= 86_400):
                 raise ValueError(f"{name} is {seconds}, expected seconds, 0 to 86400")
@@ -342,6 +344,8 @@ def serve(
         if api_key is None and "LASTRERANK_API_KEY" in os.environ:
             listen.log({"message": "LASTRERANK_API_KEY is set and blank: everyone is served"}, logging.WARNING)
         bound = listen.bind(host, port, uds)  # before the model, so that a taken port shows at once
+        # While it loads, SIGTERM takes a Unix socket's path with it; then it drains.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         from lastrerank import Reranker
         from lastrerank.engine import Engine
         from lastrerank.server import create_app
@@ -357,11 +361,15 @@ def serve(
         )  # fmt: skip
         if isinstance(bound, listen.UnixSocket) and not bound.is_there:
             raise ValueError(f"uds is {uds!r}, which another server has taken meanwhile")
-    except _EXPECTED as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except BaseException as error:
         if bound is not None:
             listen.release(bound)
-        _fail(error, "serve")
-    names = [loaded.checkpoint.name, *(model_name or ())]
+        if isinstance(error, _EXPECTED):
+            _fail(error, "serve")
+        raise
+    started_with = [model] if model is not None and not Path(model).is_dir() else []  # may be an alias
+    names = list(dict.fromkeys([loaded.checkpoint.name, *(model_name or ()), *started_with]))
     application = create_app(
         engine, model_name=[*(model_name or ())[:1], *names], any_model=any_model, limits=limits,
         api_key=api_key, allow_origins=allow_origin or (),
@@ -570,7 +578,9 @@ def _fail(error: Exception, extra: str = "") -> NoReturn:
     """One line, and exit status 2."""
     message = str(error) or type(error).__name__
     if isinstance(error, ImportError) and extra:
-        message += f": pip install 'lastrerank[{extra}]'"
+        from lastrerank.integrations import install_command
+
+        message += f": {install_command(extra)}"
     print(plain(f"lastrerank: {message}"), file=sys.stderr)
     raise typer.Exit(2)
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from lastrerank.config import ModelConfig
 from lastrerank.prompt import EncodedBlock, EncodedRequest, PieceEncoder, rough_tokens, share, substitute
-from lastrerank.request import RerankRequest
+from lastrerank.request import BLOCK_SIZE, RerankRequest
 from lastrerank.texts import CutText, Steps, run
 
 EMBED_TOKEN = "<|embed_token|>"
@@ -109,12 +109,17 @@ class ListEncoder:
         if request.instruction and self.cut([request.instruction], most)[0].cut:
             raise ValueError(f"instruction has more than {most} tokens, what this checkpoint's queries may have")
         documents = yield from self.cut_by_slices(request.texts, doc_cap)
-        capacity = self._context - 2 * query.length
+        capacity, around = self._context - 2 * query.length, 0
+        if request.block_size > BLOCK_SIZE:  # what stands around so many documents is more than a context has to spare
+            empty = self.cut([""], doc_cap)[0]
+            one, two = (len(self.encode_block(query, [empty] * n, request.instruction).ids) for n in (1, 2))
+            capacity, around = self._context - one, two - one + len(str(request.block_size))  # digits of its number
         blocks: list[EncodedBlock] = []
         block_documents: list[np.ndarray] = []
         block_orders: list[int] = []
         for order, permutation in enumerate(_orders(len(documents), request.orders)):
-            for members in _blocks([documents[i] for i in permutation], capacity, doc_cap, request.block_size):
+            ordered = [documents[i] for i in permutation]
+            for members in _blocks(ordered, capacity, doc_cap, request.block_size, around):
                 indices = permutation[members]
                 blocks.append(self.encode_block(query, [documents[i] for i in indices], request.instruction))
                 block_documents.append(indices)
@@ -222,14 +227,17 @@ def _orders(count: int, orders: int) -> Iterator[np.ndarray]:
         yield generator.permutation(count)
 
 
-def _blocks(documents: Sequence[CutText], capacity: int, doc_cap: int, block_size: int) -> Iterator[list[int]]:
-    """The published block rule: close a block when it is full or has no room for a longest document."""
+def _blocks(
+    documents: Sequence[CutText], capacity: int, doc_cap: int, block_size: int, around: int
+) -> Iterator[list[int]]:
+    """The published block rule: close a block when it is full or has no room for a longest document; around: tokens
+    that are counted beside each one's own, of which the published rule has none."""
     members: list[int] = []
     left = capacity
     for index, document in enumerate(documents):
         members.append(index)
-        left -= document.length
-        if len(members) >= block_size or left <= doc_cap:
+        left -= document.length + around
+        if len(members) >= block_size or left <= doc_cap + around:
             yield members
             members, left = [], capacity
     if members:

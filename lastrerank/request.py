@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
@@ -62,6 +63,12 @@ class RerankRequest:
                 object.__setattr__(self, name, str.__str__(value))
         if self.instruction == "":
             object.__setattr__(self, "instruction", None)
+        for name in ("top_n", "max_doc_length", "max_query_length", "block_size", "orders"):  # numpy's and the like
+            value = getattr(self, name)
+            if isinstance(value, numbers.Integral) and type(value) is not bool:
+                object.__setattr__(self, name, int(value))
+        if isinstance(self.score_threshold, numbers.Real) and type(self.score_threshold) is not bool:
+            object.__setattr__(self, "score_threshold", float(self.score_threshold))
         # Arrays and columns: iterated by index, which in a column is a label.
         tolist = getattr(self.documents, "tolist", None)
         if not isinstance(self.documents, Sequence) and callable(tolist) and isinstance(listed := tolist(), list):

@@ -90,7 +90,7 @@ class Reranker(CrossEncoderFace):
     @classmethod
     def from_pretrained(
         cls,
-        id_or_path: str | os.PathLike[str] = BUNDLED,
+        id_or_path: str | os.PathLike[str] | None = None,
         *,
         device: str | torch.device = "auto",
         dtype: Dtype | torch.dtype = "auto",
@@ -102,7 +102,7 @@ class Reranker(CrossEncoderFace):
         """Load a checkpoint from a folder, from those in the package, or from the Hub (no remote code is run).
 
         Args:
-            id_or_path: folder, bundled name or Hub id; default: the small checkpoint in the package.
+            id_or_path: folder, bundled name or Hub id; None: the small checkpoint in the package.
             device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
             dtype: "auto" (see `default_dtype`), "float32", "bfloat16", "float16", or quantised linears,
                 whose scores differ: "int8" (native backend), "float8" (Triton backend, Ada or newer).
@@ -116,6 +116,7 @@ class Reranker(CrossEncoderFace):
             ValueError: an argument, or the checkpoint, is not usable; the message names what and why.
             RuntimeError: a backend asked for by name can't serve here.
         """
+        id_or_path = BUNDLED if id_or_path is None else id_or_path
         made_by = {"id_or_path": id_or_path, "device": device, "dtype": dtype, "backend": backend,
                    "family": family, "deterministic": deterministic, "revision": revision}  # fmt: skip
         target = resolve_device(str(device))
@@ -173,7 +174,11 @@ class Reranker(CrossEncoderFace):
             if not isinstance(self.family.readout, Cosine):
                 parts.append(dict(vars(self.family.readout)))
             self._digest = digest(self.checkpoint.digest(), *parts)
-        how = {} if self.model.ops.rounding is None else {"rounding": self.model.ops.rounding}
+        rounding = self.model.ops.rounding
+        if rounding is None and self.dtype != "float32":
+            gpu = self.device.type == "cuda"
+            rounding = torch.cuda.get_device_name(self.device) if gpu else torch.backends.cpu.get_cpu_capability()
+        how = {} if rounding is None else {"rounding": rounding}
         return {
             "model": self.checkpoint.name, "digest": self._digest, "dtype": self.dtype, "backend": self.backend, **how
         }  # fmt: skip
@@ -269,8 +274,9 @@ class Reranker(CrossEncoderFace):
                 self._graphs.capture()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write this model in the published format, weights in its dtype, in place of the checkpoint that `folder`
-        holds, in one step (see `lastrerank.saving`); Python files that the checkpoint names are copied, not run.
+        """Write this model in the published format, weights in its dtype (norms, biases and a projector in float32 if
+        they are no numbers of it), in place of the checkpoint that `folder` holds, in one step (see
+        `lastrerank.saving`); Python files that the checkpoint names are copied, not run.
 
         int8: the linears rotated (see `lastrerank.rotation`), as int8 with a scale for each output
         (`..._proj.weight_scale`), half the size of 16 bit. Other programs refuse it by its `quantization_config`.
@@ -291,8 +297,11 @@ class Reranker(CrossEncoderFace):
         if self.dtype == "int8":
             raw, state = saving.quantised(raw, state)
         else:
-            kept = ("score.weight",)  # fp32, whatever the dtype is
-            state = {n: tensor if n in kept else tensor.to(DTYPES[self.dtype]) for n, tensor in state.items()}
+            # A classifier is fp32, whatever the dtype is; so is what is computed with in fp32 and isn't this dtype's.
+            for name, tensor in state.items():
+                small = tensor.to(DTYPES[self.dtype])
+                if name != "score.weight" and (tensor.dtype != torch.float32 or torch.equal(small.float(), tensor)):
+                    state[name] = small
         raw = self._with_family(raw)
         limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.max_context}
         saving.save(

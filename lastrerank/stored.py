@@ -59,19 +59,15 @@ def read_bytes(path: Path, most: int) -> bytes:
             raise ValueError(f"{path}: {found.st_size} bytes, expected at most {most}")
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise ValueError(f"{path.parent}: {path.name} is missing") from error
+        raise ValueError(f"{path} is missing") from error
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Those of a folder that decide what its checkpoint computes.
-
-    Raises:
-        ValueError: there are no weights, or not all.
-    """
-    small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    return [*(path for path in small if path.exists()), *weight_files(folder)[0]]
+def small_files(folder: Path) -> list[Path]:
+    """Those of a folder that decide what its checkpoint computes, but for the weights."""
+    paths = (folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json"))
+    return [path for path in paths if path.exists()]
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

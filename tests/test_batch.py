@@ -94,6 +94,10 @@ def test_options_documents_and_gzip(folder, tmp_path):
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert rows[0]["results"][0]["document"] in ROWS[0]["documents"]
+    row = {"query": "q", "documents": ["a", "b"], "top_n": None, "instruction": None}
+    nulls = written(tmp_path / "nulls.jsonl", [row])
+    assert run(folder, "--requests", nulls, "--output", tmp_path / "one.jsonl", "--top-n", "1").exit_code == 0
+    assert len(json.loads((tmp_path / "one.jsonl").read_text())["results"]) == 1  # null is as absent
     done = run(folder, "--requests", source, "--output", tmp_path / "none.jsonl", "--score-threshold", "1.01")
     assert json.loads((tmp_path / "none.jsonl").read_text().splitlines()[0])["results"] == []
 
@@ -116,6 +120,10 @@ def test_what_goes_together(folder, tmp_path):
     source = written(tmp_path / "in.jsonl", [{"query": "q", "documents": ["a"]}])
     assert "expected --output" in run(folder, "--requests", source).output
     assert "expected a query" in run(folder).output
+    for name in ("--output", "--trec"):
+        given = {"--output": tmp_path / "out.jsonl"} | {name: "-"}
+        refused = run(folder, "--requests", source, *(word for pair in given.items() for word in pair))
+        assert refused.exit_code == 2 and f"{name[2:]} is '-', expected a file" in refused.output
     assert "go with --requests" in run(folder, "q", source, "--output", tmp_path / "x").output
     refused = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", "--trec", tmp_path / "o.run")
     assert refused.exit_code == 2 and ":1: an id is None" in refused.output

@@ -55,7 +55,9 @@ def test_end_to_end_of_pairs(results):
     ("provider", "module", "bound"),
     [("openvino-float32", "openvino", 5e-6), ("openvino-int8", "nncf", 0.1),
      ("onnxruntime-float32", "onnxruntime", 5e-6), ("onnxruntime-int8", "onnxruntime", 0.1),
-     ("llama.cpp-f16", "llama_cpp", 2e-3), ("llama.cpp-q8_0", "llama_cpp", 0.1),
+     ("llama.cpp-f16", "llama_cpp", 2e-3), ("llama.cpp-bf16", "llama_cpp", 2e-2), ("llama.cpp-q8_0", "llama_cpp", 0.1),
+     ("llama.cpp-q4_0", "llama_cpp", 0.5), ("openvino-bfloat16", "openvino", 2e-2),
+     ("torch.compile-bfloat16", "torchao", 2e-2),
      ("torch.compile-float32", "torchao", 5e-6), ("torchao-int8", "torchao", 0.1)],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", ["tiny", "tiny-qwen3"])

@@ -298,6 +298,18 @@ def test_attention_does_not_hide_what_is_not_finite(isa, dtype, which, bad):
         assert read.nan_to_num(7.0, 8.0, 9.0).equal(out[rows].nan_to_num(7.0, 8.0, 9.0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [3.3895e38, 3.4e38])  # the second is an infinity in bf16
+def test_the_largest_numbers_change_no_earlier_row(isa, dtype, value):
+    native, generator = NativeOperations(dtype), torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(130, 2, 32, generator=generator) for _ in range(3))
+    expected = attention(native, q, k, v, [130], window=None)
+    for place in (1, 70, 129):
+        other = v.clone()
+        other[place, 0, 3] = value
+        assert torch.equal(attention(native, q, k, other, [130], window=None)[:place], expected[:place])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_logits_that_differ_little(isa, dtype):
     """The maximum has weight 1, however large it is: logits of 3.9 millions and, in later tiles, of one more."""

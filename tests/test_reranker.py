@@ -13,6 +13,7 @@ import torch
 import lastrerank.progress
 from bench.baseline import TransformersReranker
 from lastrerank import Reranker, RerankRequest
+from lastrerank.checkpoint import BUNDLED
 from lastrerank.reranker import default_dtype, resolve_device
 
 TOLERANCE = 2e-5
@@ -424,6 +425,18 @@ def test_a_former_bundled_name_is_the_new_one_with_a_warning(caplog, tmp_path, m
     (tmp_path / "lastrerank-13m").mkdir()  # a folder of that name is what it is
     with pytest.raises(ValueError, match=r"config\.json"):
         Reranker.from_pretrained("lastrerank-13m")
+
+
+def test_numbers_of_other_kinds_are_numbers(small_reranker):
+    found = small_reranker.rerank("q", ["a", "b", "c"], np.int64(2), score_threshold=np.float32(-1), orders=np.int32(1))
+    assert found == small_reranker.rerank("q", ["a", "b", "c"], 2, score_threshold=-1.0)
+    for bad in (np.float64(2.0), np.bool_(True), True, "2"):
+        with pytest.raises(TypeError, match="top_n is"):
+            small_reranker.rerank("q", ["a"], bad)
+
+
+def test_no_name_is_the_bundled_checkpoint():
+    assert Reranker.from_pretrained(None).checkpoint.name == BUNDLED
 
 
 def test_a_threshold_leaves_out_what_scores_lower(small_reranker):

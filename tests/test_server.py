@@ -260,7 +260,8 @@ def test_the_description_says_what_is_served(client):
     msgspec.convert(client.post("/v2/rerank", more | {"return_documents": True}).json(), RerankAnswer)
     for path in posts:
         described = schema["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
-        assert ("anyOf" in described) == (path == "/rerank") and ("$ref" in described or "anyOf" in described)
+        assert ("anyOf" in described) == (path in ("/rerank", "/reranking", "/v1/reranking"))
+        assert "$ref" in described or "anyOf" in described
     page = client.get("/docs").text
     assert "openapi.json" in page and "//" not in page.replace("http://www.w3.org", "")
 
@@ -276,6 +277,49 @@ def test_infinitys_clients_get_its_answers(client):
         assert client.post("/rerank", body | more).json()["object"] == "list"
     objects = body | {"documents": [{"text": "a", "id": 7}], "raw_scores": True, "return_documents": True}
     assert client.post("/v1/rerank", objects).json()["results"][0]["document"] == {"text": "a", "id": 7}
+
+
+def test_voyages_and_mixedbreads_clients_find_data(client):
+    body = {"query": "page numbers", "documents": ["insert a page", "style"]}
+    for more in ({}, {"top_k": None}, {"top_k": 2}, {"return_documents": True}):
+        answer = client.post("/v1/rerank", body | more).json()
+        expected = [{"index": r["index"], "relevance_score": r["relevance_score"]} for r in answer["results"]]
+        if "return_documents" in more:
+            expected = [row | {"document": body["documents"][row["index"]]} for row in expected]
+        assert answer["data"] == expected, more
+    assert "data" not in client.post("/v1/rerank", body | {"top_n": 2}).json()  # nobody's, twice
+    theirs = {"query": body["query"], "input": body["documents"], "top_k": 1}
+    [best] = client.post("/v1/rerank", theirs | {"return_input": True}).json()["data"]
+    [row] = client.post("/v1/rerank", body | {"top_n": 1}).json()["results"]
+    assert best == {"object": "rank_result", "index": row["index"], "score": row["relevance_score"],
+                    "input": row["document"]["text"]}  # fmt: skip
+    assert "input" not in client.post("/v1/rerank", theirs).json()["data"][0]
+    refused = client.post("/v1/rerank", body | {"input": ["a"]})
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "input"
+
+
+def test_infinitys_name_for_no_model_is_none(client):
+    body = {"query": "q", "documents": ["a"], "model": "default/not-specified"}
+    assert client.post("/rerank", body).json()["model"] == client.get("/v1/models").json()["data"][0]["id"]
+
+
+def test_vllms_other_names(client):
+    texts = ["insert a page", "style"]
+    expected = client.post("/v1/score", {"text_1": "page", "text_2": texts}).json()
+    assert isinstance(expected["created"], int)
+    for body in ({"queries": "page", "items": texts}, {"data_1": "page", "data_2": texts, "truncation_side": "right"}):
+        assert client.post("/v1/score", body).json()["data"] == expected["data"]
+    for body, param in (({"queries": "page", "data_2": texts}, "documents"), ({"data_1": "page"}, "data_2"),
+                        ({"queries": "a", "documents": "b", "items": "c"}, "items"),
+                        ({"text_1": "a", "text_2": "b", "truncation_side": "left"}, "truncation_side")):  # fmt: skip
+        refused = client.post("/v1/score", body)
+        assert refused.status_code == 422 and refused.json()["error"]["param"] == param, body
+
+
+def test_llama_cpps_routes_take_texts(client):
+    expected = client.post("/rerank", {"query": "page", "texts": ["insert a page", "style"]}).json()
+    for path in ("/reranking", "/v1/reranking"):
+        assert client.post(path, {"query": "page", "texts": ["insert a page", "style"]}).json() == expected
 
 
 def test_nvidias_paths_hold_the_models_name(client):
@@ -499,7 +543,7 @@ def test_a_family_of_pairs(pairs, documents):
         body = {"query": QUERY, "documents": documents[:4]}
         for options, scores in (
             ({}, published), ({"activation": None}, published), ({"activation": False}, raw),
-            ({"raw_scores": True}, raw), ({"use_activation": "false"}, raw),
+            ({"raw_scores": True}, raw), ({"use_activation": "false"}, raw), ({"use_activation": True}, published),
         ):  # fmt: skip
             results = client.post("/v1/rerank", body | options).json()["results"]
             assert [r["index"] for r in results] == [r["index"] for r in expected]
@@ -517,4 +561,5 @@ def test_a_family_of_pairs(pairs, documents):
         for option in ({"return_embeddings": True}, {"orders": 2}, {"block_size": 3}):
             refused = client.post("/v1/rerank", body | option)
             assert refused.status_code == 422 and f"{next(iter(option))} is" in refused.json()["error"]["message"]
-        assert client.post("/v1/rerank", body | {"activation": True}).status_code == 422
+        refused = client.post("/v1/rerank", body | {"activation": True, "use_activation": False})
+        assert refused.status_code == 422 and "contradict each other" in refused.text

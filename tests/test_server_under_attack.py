@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from bench.serving import serving
@@ -423,6 +424,41 @@ def test_a_unix_socket_goes_with_its_server(tmp_path):
         lines = [ready, *map(json.loads, process.communicate(timeout=60)[1].splitlines())]
         assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
         assert not path.exists()
+    finally:
+        process.kill()
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="needs Unix sockets")
+def test_a_unix_socket_goes_with_a_server_that_is_ended_while_it_loads(tmp_path):
+    path = tmp_path / "socket"
+    code = (
+        "import sys, time\nfrom lastrerank import Reranker\nfrom lastrerank.cli import main\n"
+        "Reranker.from_pretrained = lambda *a, **k: print('loading', flush=True) or time.sleep(60)\n"
+        f"sys.argv = ['lastrerank', 'serve', '--uds', {str(path)!r}]\nmain()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "loading\n" and path.exists()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM and not path.exists()
+    finally:
+        process.kill()
+
+
+def test_a_server_answers_to_the_name_it_was_started_with(tmp_path):
+    """And what is said while it loads is a line of its log."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lastrerank", "serve", "--port", "0", "--model", "lastrerank-13m"],
+        stderr=subprocess.PIPE, text=True,
+    )
+    try:
+        lines = []
+        while not lines or lines[-1]["message"] != "ready":
+            lines.append(json.loads(process.stderr.readline()))
+        assert any("lastrerank-13m" in line["message"] and line["level"] == "warning" for line in lines)
+        assert lines[-1]["model"] == ["lastrerank-43m", "lastrerank-13m"]
+        body = {"query": "q", "documents": ["a"], "model": "lastrerank-13m"}
+        assert httpx.post(f"{lines[-1]['address']}/v1/rerank", json=body, timeout=60).status_code == 200
     finally:
         process.kill()
 

@@ -217,7 +217,7 @@ def test_lists_are_as_short_as_asked_for(toy):
 def test_crowded_lists(toy):
     folder, _, _ = toy
     documents = [f"{number} {'expert ' * 20}" for number in range(200)]
-    rows = [ListRow("expert", i, (), None, "all") for i in range(200)]
+    rows = [ListRow(f"expert {i}", i, (), None, "all") for i in range(200)]
     drawer = trainer((folder, documents, rows), hard=2, crowded=0.5, doc_tokens_least=3,
                      lists_per_step=16, easy_start=0.0).drawer  # fmt: skip
     counts = {len(drawn.block.doc_rows): len(drawn.block) for drawn in drawer[0] + drawer[1]}

@@ -107,7 +107,8 @@ def lines_of(path: Path) -> list[str]:
 def _rows(folder: Path, stem: str) -> Iterator[dict[str, Any]]:
     for where, row in json_lines(folder, stem):
         if not isinstance(row.get("text"), str) or not isinstance(row.get("_id"), (str, int)):
-            raise ValueError(f"{where}: expected '_id' and 'text', got {sorted(row)!s:.80}")
+            found = {name: row[name] for name in ("_id", "text") if name in row} or sorted(row)
+            raise ValueError(f"{where}: expected '_id', a string or a number, and 'text', a string, got {found!s:.80}")
         yield row
 
 

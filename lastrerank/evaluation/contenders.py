@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lastrerank.integrations import install_command
 from lastrerank.request import RerankRequest
 from lastrerank.reranker import Reranker, ranked
 
@@ -182,7 +183,7 @@ PEERS: Mapping[str, Callable[[str, str], Contender]] = {
 
 
 _LIBRARIES = {
-    "cross-encoder": ("sentence_transformers", "pip install 'lastrerank[compare]'"),
+    "cross-encoder": ("sentence_transformers", install_command("compare")),
     "late-interaction": ("pylate", "pip install pylate"),
 }
 

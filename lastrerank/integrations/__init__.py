@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra beside this lastrerank, in whatever environment it runs and from wherever it is typed."""
+    return f"{shlex.quote(sys.executable)} -m pip install 'lastrerank[{extra}]'"
 
 
 @contextmanager
@@ -17,10 +25,16 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise type(error)(f"{error}: pip install 'lastrerank[{extra}]'", name=error.name) from error
+        raise type(error)(f"{error}: {install_command(extra)}", name=error.name) from error
 
 
 def as_json(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Reranker.from_pretrained` as they can be written down: a dtype of PyTorch's by its name."""
-    dtype = arguments.get("dtype")
-    return dict(arguments) | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+    """Arguments of `Reranker.from_pretrained` as they can be written down: PyTorch's devices and dtypes by their names,
+    paths as strings."""
+
+    def plain(value: Any) -> Any:
+        if type(value).__module__ == "torch":
+            return str(value).removeprefix("torch.")
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    return {name: plain(value) for name, value in arguments.items()}

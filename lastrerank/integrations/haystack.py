@@ -6,6 +6,7 @@ Haystack 3 loads saved pipelines from modules it has been told to trust:
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +22,24 @@ class LastrerankRanker:
     """Ranks documents by relevance to a query.
 
     Args:
-        model: folder, bundled name or Hub id; loaded by `warm_up`, or by the first run.
+        model: folder, bundled name or Hub id, default the small checkpoint in the package; loaded by `warm_up`, or by
+            the first run.
         top_k: kept; None for all.
         instruction: as in `Reranker.rerank`.
         arguments: of `Reranker.from_pretrained`.
     """
 
     def __init__(
-        self, model: str, top_k: int | None = 10, instruction: str | None = None, **arguments: Any
+        self,
+        model: str | os.PathLike[str] | None = None,
+        top_k: int | None = 10,
+        instruction: str | None = None,
+        **arguments: Any,
     ) -> None:
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}, expected at least 1")
-        self.model, self.top_k, self.instruction, self.arguments = model, top_k, instruction, arguments
+        self.model = None if model is None else os.fspath(model)
+        self.top_k, self.instruction, self.arguments = top_k, instruction, arguments
         self._reranker: Reranker | None = None
 
     def warm_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ class LastrerankRerank(BaseDocumentCompressor):
     """Ranks retrieved documents and keeps the best, with `relevance_score` in their metadata.
 
     Args:
-        model: folder, bundled name or Hub id; or a loaded `reranker`, which a dump leaves out.
+        model: folder, bundled name or Hub id; or a loaded `reranker`, which a dump leaves out. Default: the small
+            checkpoint in the package.
         top_n: kept; None for all.
         instruction: as in `Reranker.rerank`.
         arguments: of `Reranker.from_pretrained`.
@@ -36,20 +38,21 @@ class LastrerankRerank(BaseDocumentCompressor):
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         top_n: int | None = 3,
         instruction: str | None = None,
         *,
         reranker: Reranker | None = None,
         **arguments: Any,
     ) -> None:
+        model = None if model is None else os.fspath(model)
         own = as_json({**arguments.pop("arguments", {}), **arguments})  # from a dump: in one
         super().__init__(
             reranker=_loaded(model, reranker, own), model=model, arguments=own, top_n=top_n, instruction=instruction  # type: ignore[call-arg]
         )
 
     @classmethod
-    def from_pretrained(cls, id_or_path: str, **arguments: Any) -> LastrerankRerank:
+    def from_pretrained(cls, id_or_path: str | os.PathLike[str] | None = None, **arguments: Any) -> LastrerankRerank:
         """The same as the constructor with a model."""
         return cls(id_or_path, **arguments)
 
@@ -78,11 +81,13 @@ class LastrerankCrossEncoder(BaseCrossEncoder):
     """Scores pairs for what LangChain does with a cross-encoder, its `CrossEncoderReranker` for one.
 
     Args:
-        model: folder, bundled name or Hub id; or a loaded `reranker`.
+        model: folder, bundled name or Hub id; or a loaded `reranker`. Default: the small checkpoint in the package.
         arguments: of `Reranker.from_pretrained`.
     """
 
-    def __init__(self, model: str | None = None, *, reranker: Reranker | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] | None = None, *, reranker: Reranker | None = None, **arguments: Any
+    ) -> None:
         self.reranker = _loaded(model, reranker, arguments)
 
     def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
@@ -90,7 +95,9 @@ class LastrerankCrossEncoder(BaseCrossEncoder):
         return self.reranker.predict(text_pairs).tolist() if text_pairs else []
 
 
-def _loaded(model: str | None, reranker: Reranker | None, arguments: dict[str, Any]) -> Reranker:
-    if (model is None) == (reranker is None) or (reranker is not None and arguments):
+def _loaded(
+    model: str | os.PathLike[str] | None, reranker: Reranker | None, arguments: dict[str, Any]
+) -> Reranker:
+    if reranker is not None and (model is not None or arguments):
         raise ValueError("expected a model with its arguments, or a loaded reranker")
-    return reranker or Reranker.from_pretrained(str(model), **arguments)
+    return reranker or Reranker.from_pretrained(model, **arguments)

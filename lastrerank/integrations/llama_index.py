@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lastrerank.integrations import as_json, needs
@@ -22,21 +23,26 @@ class LastrerankRerank(BaseNodePostprocessor):
     """Ranks nodes by their text as an LLM would see it, keeps the best `top_n`, and gives them our scores.
 
     Args:
-        model: folder, bundled name or Hub id.
+        model: folder, bundled name or Hub id; default: the small checkpoint in the package.
         top_n: kept; None for all.
         instruction: as in `Reranker.rerank`.
         arguments: of `Reranker.from_pretrained`.
     """
 
-    model: str = Field(description="Folder, bundled name or Hub id.")
+    model: str | None = Field(default=None, description="Folder, bundled name or Hub id; None: the one in the package.")
     top_n: int | None = Field(default=3, description="Nodes kept; None for all.")
     instruction: str | None = Field(default=None, description="What else the ranking should follow.")
     arguments: dict[str, Any] = Field(default_factory=dict, description="Of `Reranker.from_pretrained`.")
     _reranker: Reranker = PrivateAttr()
 
     def __init__(
-        self, model: str, top_n: int | None = 3, instruction: str | None = None, **arguments: Any
+        self,
+        model: str | os.PathLike[str] | None = None,
+        top_n: int | None = 3,
+        instruction: str | None = None,
+        **arguments: Any,
     ) -> None:
+        model = None if model is None else os.fspath(model)
         # From `from_dict`: a field of the base class, the class's name, and our arguments in one.
         fields = {"callback_manager": arguments.pop("callback_manager")} if "callback_manager" in arguments else {}
         arguments.pop("class_name", None)
@@ -53,11 +59,12 @@ class LastrerankRerank(BaseNodePostprocessor):
     ) -> list[NodeWithScore]:
         if query_bundle is None:
             raise ValueError("query_bundle is None, expected a query")
+        name = self.model or self._reranker.checkpoint.name
         dispatcher.event(
-            ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=self.top_n or len(nodes), model_name=self.model)
+            ReRankStartEvent(query=query_bundle, nodes=nodes, top_n=self.top_n or len(nodes), model_name=name)
         )
         texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
-        payload = {EventPayload.NODES: nodes, EventPayload.MODEL_NAME: self.model, EventPayload.TOP_K: self.top_n,
+        payload = {EventPayload.NODES: nodes, EventPayload.MODEL_NAME: name, EventPayload.TOP_K: self.top_n,
                    EventPayload.QUERY_STR: query_bundle.query_str}  # fmt: skip
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
             results = self._reranker.rerank(

@@ -9,6 +9,7 @@ The paper's table, for whoever has the weights and the network (`first` holds th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,13 +27,17 @@ class MtebReranker:
     """Args: model_name, revision, device and other arguments as `Reranker.from_pretrained`."""
 
     def __init__(
-        self, model_name: str, revision: str | None = None, device: str | None = None, **arguments: Any
+        self,
+        model_name: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        device: str | None = None,
+        **arguments: Any,
     ) -> None:
         self.reranker = Reranker.from_pretrained(model_name, revision=revision, device=device or "auto", **arguments)
         own = self.reranker.identity()
         name = own["model"] if "/" in own["model"] else f"lastrerank/{own['model']}"
         # MTEB keeps results by name and revision: whatever changes a score is in it.
-        kept = "-".join(str(own[part]) for part in ("digest", "dtype", "backend"))
+        kept = "-".join(str(own[part]) for part in ("digest", "dtype", "backend", "rounding") if part in own)
         self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": kept})
 
     def predict(

@@ -5,6 +5,7 @@ Once this module is imported, `rerankers.Reranker(model, model_type="lastrerank"
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lastrerank.families import Cosine
@@ -24,7 +25,11 @@ class LastrerankRanker(BaseRanker):
     verbose is the library's."""
 
     def __init__(
-        self, model_name_or_path: str, verbose: int = 1, instruction: str | None = None, **arguments: Any
+        self,
+        model_name_or_path: str | os.PathLike[str] | None = None,
+        verbose: int = 1,
+        instruction: str | None = None,
+        **arguments: Any,
     ) -> None:
         self.verbose, self.instruction = verbose, instruction
         self.model = Reranker.from_pretrained(model_name_or_path, **arguments)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
     Weights are shared: q, k, v and gate, up are laid side by side and the modules' parameters become views of them (the
     native backend alone keeps packed copies of the linears besides, so it is chosen by name only). Inference only: the
     output has no grad. `last_hidden_state` is 0 at padding; of `hidden_states` only the last exists, the others are
-    None. `del decoder.forward` undoes it. A row may hold several sequences by `position_ids` that start again, as in
-    Transformers.
+    None. `del decoder.forward` undoes it, and comes before a copy. A row may hold several sequences by `position_ids`
+    that start again, as in Transformers with `use_cache=False` (with a cache it takes them for one).
 
     Args:
         model: on one device, in one dtype, in eval mode, every module as Transformers makes it: adapters, quantised
@@ -93,9 +94,27 @@ def accelerate(model: Any, backend: str = "auto") -> Any:
         return BaseModelOutputWithPast(last_hidden_state=last, hidden_states=every)
 
     before = _fingerprint(decoder, values=backend == "native")
-    forward.is_lastrerank = True  # type: ignore[attr-defined]
-    decoder.forward = forward
+    decoder.forward = _Forward(forward)
     return model
+
+
+class _Forward:
+    """A function that stays with the decoder it is of: a copy of that one would compute by the first one's weights."""
+
+    is_lastrerank = True
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._function(*arguments, **named)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("an accelerated decoder isn't copied: del decoder.forward, copy, and accelerate both")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an accelerated decoder isn't pickled: del decoder.forward first")
 
 
 # What Transformers hands down that doesn't change what is computed here.
@@ -163,6 +182,9 @@ def _fingerprint(decoder: Any, values: bool) -> tuple[Any, ...]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 parts.append((parameter.data_ptr(), parameter.dtype, parameter._version if values else 0))
+        for buffer in module._buffers.values():  # of which our own tables were made
+            if buffer is not None:
+                parts.append((buffer.data_ptr(), buffer.dtype, 0 if buffer.is_inference() else buffer._version))
     return tuple(parts)
 
 
@@ -207,10 +229,11 @@ def _simple(module: Any) -> dict[str, Any]:
 def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operations) -> ModelWeights:
     """The decoder's parameters as our weights, in their own memory."""
 
-    def packed(*linears: Any) -> torch.Tensor:
-        whole = torch.cat([linear.weight.detach() for linear in linears])
-        for linear, part in zip(linears, whole.split([len(x.weight) for x in linears]), strict=True):
-            linear.weight.data = part
+    def packed(*linears: Any, name: str = "weight") -> torch.Tensor:
+        parameters = [getattr(linear, name) for linear in linears]
+        whole = torch.cat([parameter.detach() for parameter in parameters])
+        for parameter, part in zip(parameters, whole.split([len(x) for x in parameters]), strict=True):
+            parameter.data = part
         return whole
 
     layers = []
@@ -222,7 +245,7 @@ def _shared_weights(decoder: Any, config: ModelConfig, operations: ops.Operation
             LayerWeights(
                 input_norm=layer.input_layernorm.weight.detach(),
                 qkv=None if last else operations.prepare(qkv),
-                qkv_bias=torch.cat([x.bias.detach() for x in projections]) if config.attention_bias else None,
+                qkv_bias=packed(*projections, name="bias") if config.attention_bias else None,
                 q_norm=attn.q_norm.weight.detach() if config.qk_norm else None,
                 k_norm=attn.k_norm.weight.detach() if config.qk_norm else None,
                 o=operations.prepare(attn.o_proj.weight.detach()),

@@ -137,6 +137,8 @@ class NativeOperations(ReferenceOperations):
         self._precision = _PRECISIONS[dtype]
         if dtype == torch.int8:
             self.rounding = f"rotated by {MOST_ROTATED}, attention {self.kernels.int8_attention.decode()}"
+        elif dtype == torch.bfloat16:  # what sums of another order differ by, the next rounding makes larger
+            self.rounding = f"sums by {self.kernels.name.decode()}"
 
     def prepare(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Weight:
         """Pack (and with int8 quantise) a weight `[out, in]`, fp32 or 16 bit."""

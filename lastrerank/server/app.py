@@ -127,16 +127,17 @@ def create_app(
 
     most = bounds.max_documents
     doc_cap = engine.reranker.encoder.max_doc_length
-    rerank = partial(dialects.read_rerank, most=most, doc_cap=doc_cap)
-    score = partial(dialects.read_score, most=most, doc_cap=doc_cap)
+    activated = engine.reranker.family.readout.kind == "probability"
+    rerank = partial(dialects.read_rerank, most=most, doc_cap=doc_cap, activated=activated)
+    score = partial(dialects.read_score, most=most, doc_cap=doc_cap, activated=activated)
     ranking = partial(dialects.read_ranking, most=most)
     readers: dict[str, Reader] = {
         "/v1/rerank": partial(rerank, documents_back=True, version="1"),
         "/v2/rerank": partial(rerank, documents_back=False),
         "/rerank": partial(rerank, documents_back=True, is_tei=True),
         "/infinity/rerank": partial(rerank, documents_back=False, is_infinity=True),
-        "/reranking": partial(rerank, documents_back=False),
-        "/v1/reranking": partial(rerank, documents_back=False),
+        "/reranking": partial(rerank, documents_back=False, is_tei=True),
+        "/v1/reranking": partial(rerank, documents_back=False, is_tei=True),
         "/score": score,
         "/v1/score": score,
         "/v1/ranking": ranking,

@@ -52,7 +52,8 @@ class TextDocument(Struct):
 
 
 class RerankBody(Struct, forbid_unknown_fields=True):
-    """A query and its documents, as Jina, Cohere, vLLM, Voyage, Infinity, llama.cpp and TEI (`texts`) have them.
+    """A query and its documents, as Jina, Cohere, vLLM, Voyage, Infinity, llama.cpp, TEI (`texts`) and Mixedbread
+    (`input`) have them.
 
     The cap of a document is max_doc_length; its other names, which clients send unasked, bound it and don't lift the
     model's own. Fields that would change a score and aren't computed here are refused unless they ask for nothing.
@@ -61,11 +62,13 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     query: str
     documents: list[str | TextDocument] | None = None
     texts: list[str] | None = None
+    input: list[str] | None = None
     model: str | None = None
     top_n: Count = None
     top_k: Count | UnsetType = UNSET
     return_documents: Flag = None
     return_text: Flag = None
+    return_input: Flag = None
     return_embeddings: Flag = None
     return_len: Flag = None
     instruction: str | None = None
@@ -79,6 +82,7 @@ class RerankBody(Struct, forbid_unknown_fields=True):
     truncation: Flag = None
     truncate: Flag = None
     truncation_direction: str | None = None
+    truncation_side: str | None = None
     rank_fields: list[str] | None = None
     raw_scores: Flag = None
     max_chunks_per_doc: Count = None
@@ -104,8 +108,12 @@ class ScoreBody(Struct, forbid_unknown_fields=True):
     text_2: str | list[str] | None = None
     queries: str | list[str] | None = None
     documents: str | list[str] | None = None
+    items: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
     model: str | None = None
     truncate_prompt_tokens: Count = None
+    truncation_side: str | None = None
     activation: Flag = None
     use_activation: Flag = None
     user: str | None = None
@@ -127,18 +135,23 @@ class RankingBody(Struct, forbid_unknown_fields=True):
     top_k: Count = None
 
 
+# vLLM's names of what is scored against what.
+_PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+# What Infinity's own client sends for no model.
+_INFINITYS_DEFAULT = "default/not-specified"
+
 _rerank, _score, _ranking = (msgspec.json.Decoder(kind) for kind in (RerankBody, ScoreBody, RankingBody))
 _raw_texts, _objects = msgspec.json.Decoder(_RawDocuments), msgspec.json.Decoder(_ObjectDocuments)
 
 
 def read_rerank(
-    content: bytes, most: int, doc_cap: int, *, documents_back: bool, is_tei: bool = False, is_infinity: bool = False,
-    version: str = "2",
+    content: bytes, most: int, doc_cap: int, activated: bool, *, documents_back: bool, is_tei: bool = False,
+    is_infinity: bool = False, version: str = "2",
 ) -> Call:
-    """A `RerankBody`. most: documents allowed. doc_cap: the model's own, in tokens. documents_back: whether documents
-    come back unless it says otherwise. is_tei: this route answers `texts` with a bare list, as TEI does. is_infinity:
-    it answers as Infinity does, which it also does where `raw_scores` stands, as Infinity's own clients always send it.
-    version: of Cohere's API, as its answers name it.
+    """A `RerankBody`. most: documents allowed. doc_cap: the model's own, in tokens. activated: its family's scores are
+    behind an activation. documents_back: whether documents come back unless it says otherwise. is_tei: this route
+    answers `texts` with a bare list, as TEI does. is_infinity: it answers as Infinity does, which it also does where
+    `raw_scores` stands, as Infinity's own clients always send it. version: of Cohere's API, as its answers name it.
 
     Raises:
         BodyError: it can't be served.
@@ -146,30 +159,35 @@ def read_rerank(
     body: RerankBody = _decoded(_rerank, content)
     if not body.query:
         raise BodyError(422, "query is empty", "query")
-    tei = body.texts is not None
-    if tei and (not is_tei or body.documents is not None):
-        raise BodyError(422, "texts: not together with documents, and not on this route", "texts")
-    param = "texts" if tei else "documents"
-    documents = body.texts if tei else body.documents
-    if documents is None:
+    tei, mixedbread = body.texts is not None, body.input is not None
+    if tei and not is_tei:
+        raise BodyError(422, "texts: not on this route, expected documents", "texts")
+    given = [name for name in ("documents", "texts", "input") if getattr(body, name) is not None]
+    if not given:
         raise BodyError(422, "documents is missing: expected a list of strings or of objects with 'text'", "documents")
+    if len(given) > 1:
+        raise BodyError(422, f"{given[1]}: not together with {given[0]}", given[1])
+    param = given[0]
+    documents = getattr(body, param)
     _check_count(len(documents), most, param)
     _refuse(body, max_chunks_per_doc=(None,))
-    if body.truncation_direction is not None and body.truncation_direction.lower() != "right":
-        raise BodyError(422, f"truncation_direction is {body.truncation_direction!r:.40}, expected 'right'",
-                        "truncation_direction")  # fmt: skip
+    _check_side(body, "truncation_direction", "truncation_side")
     # As they come, or without the activation of a family that has one.
-    score = _raw if _flag(body, "raw_scores") or not _activated(body) else _published
+    score = _raw if _flag(body, "raw_scores") or not _activation(body, activated) else _published
     if score is _raw and body.score_threshold is not None:
         raise BodyError(422, "score_threshold: of the published scores, not together with raw ones", "score_threshold")
     texts = _texts(documents, body.rank_fields, content)
     cuts = [value for name in ("truncation", "truncate") if (value := _flag(body, name)) is not None]
-    # TEI's name and everyone else's mean the same.
-    asked = {flag for name in ("return_text", "return_documents") if (flag := _flag(body, name)) is not None}
+    # TEI's name, Mixedbread's and everyone else's mean the same.
+    names = [name for name in ("return_documents", "return_text", "return_input") if getattr(body, name) is not None]
+    asked = {_flag(body, name) for name in names}
     if len(asked) > 1:
-        raise BodyError(422, "return_text and return_documents contradict each other", "return_text")
-    back = asked.pop() if asked else documents_back and not tei
+        raise BodyError(422, f"{' and '.join(names)} contradict each other", names[-1])
+    wanted = asked.pop() if asked else None
+    back = documents_back and not tei and not mixedbread if wanted is None else wanted
     infinity = is_infinity or (not tei and body.raw_scores is not None)
+    # Voyage's clients send top_k where they send anything.
+    voyage = body.top_k is not UNSET or (body.top_n is None and not infinity)
     embeddings = bool(_flag(body, "return_embeddings"))
     if embeddings and tei:
         raise BodyError(422, "return_embeddings: what answers texts has no room for them", "return_embeddings")
@@ -215,32 +233,38 @@ def read_rerank(
         }  # fmt: skip
         if infinity:  # its clients take no other object
             answer["object"] = "rerank"
-        if body.top_k is not UNSET:  # Voyage's clients read it there, and documents as they were sent
-            sent = ((row, documents[row["index"]]) for row in results)
+        if mixedbread:  # whose clients read it there
             answer["data"] = [
-                row | ({"document": own} if back and isinstance(own, str) else {}) for row, own in sent
-            ]
+                {"object": "rank_result", "index": row["index"], "score": row["relevance_score"]}
+                | ({"input": documents[row["index"]]} if back else {}) for row in results
+            ]  # fmt: skip
+        elif voyage:  # whose clients read it there, and documents, where they ask for them, as they were sent
+            data = [{name: value for name, value in row.items() if name != "document"} for row in results]
+            for row in data if wanted else []:
+                sent = documents[row["index"]]
+                row["document"] = sent if isinstance(sent, str) else raw[row["index"]]
+            answer["data"] = data
         return answer
 
-    return Call([request], len(documents), param, body.model, False in cuts, render)
+    model = None if body.model == _INFINITYS_DEFAULT else body.model
+    return Call([request], len(documents), param, model, False in cuts, render)
 
 
-def read_score(content: bytes, most: int, doc_cap: int) -> Call:
-    """A `ScoreBody`.
+def read_score(content: bytes, most: int, doc_cap: int, activated: bool) -> Call:
+    """A `ScoreBody`; as `read_rerank`.
 
     Raises:
         BodyError: it can't be served.
     """
     body: ScoreBody = _decoded(_score, content)
-    first = "text_1" if body.text_1 is not None or body.queries is None else "queries"
-    second = "text_2" if first == "text_1" else "documents"
-    extra = {"text_1", "text_2", "queries", "documents"} - {first, second}
+    given = {name for pair in _PAIRS for name in pair if getattr(body, name) is not None}
+    first, second = max(_PAIRS, key=lambda pair: len(given.intersection(pair)))
     for name in (first, second):
-        if getattr(body, name) is None:
+        if name not in given:
             raise BodyError(422, f"{name} is missing: expected a string or a list of strings", name)
-    for name in extra:
-        if getattr(body, name) is not None:
-            raise BodyError(422, f"{name}: not together with {first} and {second}", name)
+    for name in sorted(given - {first, second}):
+        raise BodyError(422, f"{name}: not together with {first} and {second}", name)
+    _check_side(body, "truncation_side")
     left, right = ([text] if isinstance(text, str) else text for text in (getattr(body, first), getattr(body, second)))
     for name, texts in ((first, left), (second, right)):
         _check_count(len(texts), most, name)
@@ -252,7 +276,7 @@ def read_score(content: bytes, most: int, doc_cap: int) -> Call:
     groups: dict[str, list[int]] = {}
     for position, text in enumerate(left):
         groups.setdefault(text, []).append(position)
-    cap, score = _prompt_cap(body), _published if _activated(body) else _raw
+    cap, score = _prompt_cap(body), _published if _activation(body, activated) else _raw
     cap = None if cap is None or cap >= doc_cap else cap
     requests = [RerankRequest(q, [right[i] for i in own], max_doc_length=cap) for q, own in groups.items()]
 
@@ -262,7 +286,8 @@ def read_score(content: bytes, most: int, doc_cap: int) -> Call:
             for result in got.results:
                 scores[own[result["index"]]] = score(result)
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(scores)]
-        return {"id": uuid.uuid4().hex, "model": model, "object": "list", "usage": _usage(answers), "data": data}
+        return {"id": uuid.uuid4().hex, "model": model, "object": "list", "created": int(time.time()),
+                "usage": _usage(answers), "data": data}  # fmt: skip
 
     return Call(requests, len(right), second, body.model, False, render)
 
@@ -290,13 +315,15 @@ def read_ranking(content: bytes, most: int) -> Call:
     return Call([request], len(body.passages), "passages", body.model, body.truncate == "NONE", render)
 
 
-def _activated(body: RerankBody | ScoreBody) -> bool:
-    """Whether scores are wanted as published, not before their activation, by vLLM's field of either name. An
-    activation that is asked for by name may be one that the family hasn't: that is refused."""
+def _activation(body: RerankBody | ScoreBody, activated: bool) -> bool:
+    """Whether scores are wanted as published, not before their activation, by vLLM's field of either name. One that is
+    asked for of a family that has none is refused."""
     values = [_flag(body, name) for name in ("activation", "use_activation")]
-    if True in values:
+    if True in values and False in values:
+        raise BodyError(422, "activation and use_activation contradict each other", "activation")
+    if True in values and not activated:
         name = ("activation", "use_activation")[values.index(True)]
-        raise BodyError(422, f"{name} is true, which isn't computed here: scores are the family's own", name)
+        raise BodyError(422, f"{name} is true, which isn't computed here: this model's scores have no activation", name)
     return False not in values
 
 
@@ -403,6 +430,14 @@ def _count(body: Struct, name: str) -> int | None:
 def _prompt_cap(body: RerankBody | ScoreBody) -> int | None:
     """vLLM's `truncate_prompt_tokens`, of which -1 is as much as the model takes."""
     return None if body.truncate_prompt_tokens == -1 else _count(body, "truncate_prompt_tokens")
+
+
+def _check_side(body: Struct, *names: str) -> None:
+    """Texts are cut at their end alone."""
+    for name in names:
+        side = getattr(body, name)
+        if side is not None and side.lower() != "right":
+            raise BodyError(422, f"{name} is {side!r:.40}, expected 'right'", name)
 
 
 def _refuse(body: Struct, **allowed: tuple[Any, ...]) -> None:

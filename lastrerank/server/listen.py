@@ -299,14 +299,20 @@ _LOGS: dict[str, Any] = {
     "formatters": {"json": {"()": JsonFormatter}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
     "loggers": {
-        name: {"handlers": ["stderr"], "level": "INFO", "propagate": False} for name in ("uvicorn", "lastrerank")
+        name: {"handlers": ["stderr"], "level": "INFO", "propagate": False}
+        for name in ("uvicorn", "lastrerank", "py.warnings")
     },
 }  # fmt: skip
 
 
+def log_as_json() -> None:
+    """Whatever this process logs from now on."""
+    logging.config.dictConfig(_LOGS)
+    logging.captureWarnings(True)
+
+
 def log(entry: dict[str, Any], level: int = logging.INFO) -> None:
     """A line of the server's log before it serves."""
-    logging.config.dictConfig(_LOGS)
     logger.log(level, entry["message"], extra={"entry": entry})
 
 

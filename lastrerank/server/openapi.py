@@ -21,6 +21,18 @@ class RankedDocument(Struct, forbid_unknown_fields=True):
     embedding: list[float] | UnsetType | None = UNSET
 
 
+class DataRow(Struct, forbid_unknown_fields=True):
+    """The same for Voyage's clients, or (`score`, `input`) for Mixedbread's."""
+
+    index: int
+    relevance_score: float | UnsetType = UNSET
+    score: float | UnsetType = UNSET
+    object: str | UnsetType = UNSET
+    document: Any = UNSET
+    input: str | UnsetType = UNSET
+    embedding: list[float] | UnsetType | None = UNSET
+
+
 class TextScore(Struct, forbid_unknown_fields=True):
     """What text-embeddings-inference calls a rank."""
 
@@ -52,7 +64,8 @@ class Usage(Struct, forbid_unknown_fields=True):
 
 
 class RerankAnswer(Struct, forbid_unknown_fields=True):
-    """Results best first; `meta` is Cohere's, `data` Voyage's (where `top_k` was sent)."""
+    """Results best first; `meta` is Cohere's, `data` Voyage's (where `top_k` was sent, or no `top_n`) or Mixedbread's
+    (where `input` was)."""
 
     id: str
     model: str
@@ -61,7 +74,7 @@ class RerankAnswer(Struct, forbid_unknown_fields=True):
     results: list[RankedDocument]
     usage: Usage
     meta: dict[str, Any]
-    data: list[RankedDocument] | UnsetType = UNSET
+    data: list[DataRow] | UnsetType = UNSET
 
 
 class ScoreAnswer(Struct, forbid_unknown_fields=True):
@@ -70,6 +83,7 @@ class ScoreAnswer(Struct, forbid_unknown_fields=True):
     id: str
     model: str
     object: str
+    created: int
     data: list[PairScore]
     usage: Usage
 
@@ -81,6 +95,8 @@ class RankingAnswer(Struct, forbid_unknown_fields=True):
     usage: Usage
 
 
+# Where `texts` are taken, too: TEI's own, and llama.cpp's.
+_TEIS = ("/rerank", "/reranking", "/v1/reranking")
 _OR_TEIS: Any = RerankAnswer | list[TextScore]
 
 
@@ -90,7 +106,7 @@ def kinds(path: str) -> tuple[Any, Any]:
         return ScoreBody, ScoreAnswer
     if path == "/v1/ranking":
         return RankingBody, RankingAnswer
-    return RerankBody, _OR_TEIS if path == "/rerank" else RerankAnswer  # that one takes TEI's bodies, too
+    return RerankBody, _OR_TEIS if path in _TEIS else RerankAnswer
 
 
 
@@ -106,6 +122,7 @@ _EXAMPLES: dict[type, dict[str, Any]] = {
         "vLLM": {"query": _QUERY, "documents": _DOCUMENTS, "truncate_prompt_tokens": 512},
         "Infinity (documents come back as strings)": {"query": _QUERY, "documents": _DOCUMENTS, "raw_scores": False,
                                                       "return_documents": True},
+        "Mixedbread (the answer has `data`)": {"query": _QUERY, "input": _DOCUMENTS, "top_k": 1, "return_input": True},
         "text-embeddings-inference (a bare list comes back)": {"query": _QUERY, "texts": _DOCUMENTS,
                                                                "raw_scores": False, "return_text": True},
     },
@@ -152,7 +169,7 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
         kind, answer = kinds(path)
         examples = {
             name: {"value": value} for name, value in _EXAMPLES[kind].items()
-            if "texts" not in value or path == "/rerank"
+            if "texts" not in value or path in _TEIS
         }
         paths[path] = {"post": {
             "summary": (kind.__doc__ or "").split("\n")[0], "operationId": path.strip("/").replace("/", "_"),

@@ -72,8 +72,10 @@ class TrainingData:
         self.documents, self.rows = documents, rows
         self._by_pool: dict[str, list[ListRow]] = {}
         self._pool_documents: dict[str, list[int]] = {}
+        self._answers: dict[tuple[str, str], set[int]] = {}
         for row in rows:
             self._by_pool.setdefault(row.pool, []).append(row)
+            self._answers.setdefault((row.pool, row.query), set()).add(row.positive)
         for pool, members in self._by_pool.items():
             self._pool_documents[pool] = sorted({row.positive for row in members})
         self._pools = list(self._by_pool)
@@ -95,7 +97,7 @@ class TrainingData:
         pool = rng.choices(self._pools, self._weights)[0]
         row = rng.choice(self._by_pool[pool])
         chosen = rng.sample(range(len(row.negatives)), min(hard, len(row.negatives)))
-        known = {row.positive, *row.negatives}
+        known = {*self._answers[row.pool, row.query], *row.negatives}  # a query's other answers are no negatives
         candidates = self._pool_documents[pool]
         randoms: list[int] = []
         for _ in range(4 * easy):
@@ -149,19 +151,28 @@ def augmented(text: str, rng: random.Random) -> str:
     return " ".join(kept)
 
 
+def _documents(folder: str | os.PathLike[str]) -> tuple[list[str], dict[Any, int]]:
+    """Texts, and the position of each id among them."""
+    texts: list[str] = []
+    numbers: dict[Any, int] = {}
+    for where, row in json_lines(Path(folder), "documents"):
+        name = row.get("id")
+        if not isinstance(name, (str, int)) or isinstance(name, bool) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{where}: expected 'id', a string or a number, and 'text', a string")
+        if name in numbers:
+            raise ValueError(f"{where}: id {name!r:.80} is there twice")
+        numbers[name] = len(texts)
+        texts.append(row["text"])
+    return texts, numbers
+
+
 def read_training_data(folder: str | Path, weights: dict[str, float] | None = None) -> TrainingData:
     """Read `documents.jsonl[.gz]` and `lists.jsonl[.gz]`.
 
     Raises:
         ValueError: a file is missing, or a line is malformed; the message names the file and line.
     """
-    number: dict[Any, int] = {}
-    documents: list[str] = []
-    for where, row in json_lines(Path(folder), "documents"):
-        if "id" not in row or not isinstance(row.get("text"), str):
-            raise ValueError(f"{where}: expected 'id' and 'text'")
-        number[row["id"]] = len(documents)
-        documents.append(row["text"])
+    documents, number = _documents(folder)
     rows = []
     for where, row in json_lines(Path(folder), "lists"):
         try:
@@ -171,6 +182,8 @@ def read_training_data(folder: str | Path, weights: dict[str, float] | None = No
             rows.append(ListRow(row["query"], number[row["positive"]], negatives, teacher, pool, renamed, label))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: expected query, positive, negatives over known documents: {error}") from error
+        if number[row["positive"]] in negatives:
+            raise ValueError(f"{where}: the positive {row['positive']!r:.80} is among the negatives")
         if not 0 <= label < 1 or (label and teacher is None):
             raise ValueError(f"{where}: label is {label}, expected at least 0, less than 1, and a teacher beside it")
         if teacher is not None and len(teacher) != len(negatives) + 1:
@@ -184,13 +197,7 @@ def read_pairs(folder: str | os.PathLike[str]) -> tuple[list[str], list[dict[str
     Raises:
         ValueError: a file is missing, a line is malformed, or names no known document; the message names file and line.
     """
-    documents: list[str] = []
-    numbers: dict[Any, int] = {}
-    for where, row in json_lines(Path(folder), "documents"):
-        if "id" not in row or not isinstance(row.get("text"), str):
-            raise ValueError(f"{where}: expected 'id' and 'text'")
-        numbers[row["id"]] = len(documents)
-        documents.append(row["text"])
+    documents, numbers = _documents(folder)
     rows = []
     for where, row in json_lines(Path(folder), "pairs"):
         if row.get("positive") not in numbers or not row.get("query"):

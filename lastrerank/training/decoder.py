@@ -22,7 +22,7 @@ from lastrerank.families import FAMILIES, SENTENCE_TRANSFORMERS
 from lastrerank.families.family import repository_name
 from lastrerank.kept import digest
 from lastrerank.lists import EMBED_TOKEN, RERANK_TOKEN, V3_CAPS
-from lastrerank.stored import PROJECTOR, Tensors, checkpoint_files, read_json
+from lastrerank.stored import PROJECTOR, Tensors, read_json, small_files, weight_files
 from lastrerank.training.data import TrainingData
 from lastrerank.training.trainer import Trainer, TrainingConfig
 
@@ -69,7 +69,8 @@ def check_layers(folder: str | os.PathLike[str], layers: int | None) -> None:
 
 def decoder_digest(folder: str | os.PathLike[str], layers: int | None) -> str:
     """SHA-256 of everything that decides what `listwise_start` makes of the decoder in a folder."""
-    return digest(layers, *(part for path in checkpoint_files(Path(folder)) for part in (path.name, path)))
+    files = [*small_files(Path(folder)), *weight_files(Path(folder))[0]]
+    return digest(layers, *(part for path in files for part in (path.name, path)))
 
 
 def listwise_start(

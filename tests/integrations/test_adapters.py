@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import DOCUMENTS, QUERY
+
+from lastrerank.checkpoint import BUNDLED
 
 
 def test_langchain(folder, expected):
@@ -62,7 +65,7 @@ def test_langchain_cross_encoder(folder, expected):
     found = compressors.CrossEncoderReranker(model=model, top_n=3).compress_documents(documents, QUERY)
     assert [d.metadata["n"] for d in found] == [i for i, _ in expected[:3]]
     with pytest.raises(ValueError, match="a model with its arguments, or a loaded reranker"):
-        LastrerankCrossEncoder()
+        LastrerankCrossEncoder(str(folder), reranker=model.reranker)
 
 
 def test_llama_index(folder, expected):
@@ -120,6 +123,40 @@ def test_haystack(folder, expected):
     assert len(ranker.run(QUERY, documents, top_k=1)["documents"]) == 1 and ranker.run(QUERY, []) == {"documents": []}
     with pytest.raises(ValueError, match="top_k is 0"):
         LastrerankRanker(str(folder), top_k=0)
+
+
+def _kept(name, folder, arguments):
+    """An adapter made of a path and PyTorch's own names, and what is read back from what it writes."""
+    if name == "langchain":
+        pytest.importorskip("langchain_core")
+        from lastrerank.integrations.langchain import LastrerankRerank
+
+        made = LastrerankRerank(folder, **arguments)
+        return made, LastrerankRerank(**json.loads(made.model_dump_json()))
+    if name == "llama_index":
+        pytest.importorskip("llama_index.core")
+        from lastrerank.integrations.llama_index import LastrerankRerank
+
+        made = LastrerankRerank(folder, **arguments)
+        return made, LastrerankRerank.from_json(made.to_json())
+    pytest.importorskip("haystack")
+    from lastrerank.integrations.haystack import LastrerankRanker
+
+    made = LastrerankRanker(folder, **arguments)
+    return made, LastrerankRanker.from_dict(json.loads(json.dumps(made.to_dict())))
+
+
+@pytest.mark.parametrize("name", ["langchain", "llama_index", "haystack"])
+def test_what_from_pretrained_takes_is_kept(name, folder):
+    """Paths, devices and dtypes as PyTorch has them; without a model the one in the package."""
+    arguments = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "deterministic": True}
+    made, again = _kept(name, Path(folder), arguments)
+    assert made.model == again.model == str(folder)
+    assert again.arguments == {"device": "cpu", "dtype": "bfloat16", "deterministic": True}
+    made, again = _kept(name, None, {})
+    assert made.model is None and again.model is None
+    loaded = getattr(again, "reranker", None) or getattr(again, "_reranker", None)
+    assert loaded is None or loaded.checkpoint.name == BUNDLED  # Haystack loads later
 
 
 def test_rerankers(folder, expected):

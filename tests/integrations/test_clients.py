@@ -91,6 +91,8 @@ def _infinity(address, n):
     body = RerankInput(query=QUERY, documents=DOCUMENTS, model=MODEL, top_n=n)
     found = rerank.sync(client=Infinity(base_url=address), body=body)
     assert found.object_.value == "rerank"
+    unnamed = rerank.sync(client=Infinity(base_url=address), body=RerankInput(query=QUERY, documents=DOCUMENTS))
+    assert [r.index for r in unnamed.results[:n]] == [r.index for r in found.results]
     return [(r.index, r.relevance_score) for r in found.results]
 
 
@@ -122,10 +124,12 @@ def _litellm(provider, base):
     def rank(address, n):
         import litellm
 
-        found = litellm.rerank(
-            model=f"{provider}/{MODEL}", query=QUERY, documents=DOCUMENTS, top_n=n, api_base=address + base,
-            api_key="key",
-        )  # fmt: skip
+        own = {"model": f"{provider}/{MODEL}", "api_base": address + base, "api_key": "key"}
+        found, everything = (
+            litellm.rerank(query=QUERY, documents=DOCUMENTS, **more, **own) for more in ({"top_n": n}, {})
+        )
+        assert len(everything.results) == len(DOCUMENTS)
+        assert [r["index"] for r in everything.results[:n]] == [r["index"] for r in found.results]
         return [(r["index"], r["relevance_score"]) for r in found.results]
 
     return rank
@@ -151,7 +155,7 @@ def _rerankers(provider, path):
 
 
 for _provider, _path in (("jina", "/v1/rerank"), ("cohere", "/v1/rerank"), ("voyage", "/v1/rerank"),
-                         ("text-embeddings-inference", "/rerank")):  # fmt: skip
+                         ("mixedbread.ai", "/v1/reranking"), ("text-embeddings-inference", "/rerank")):  # fmt: skip
     client(f"rerankers, {_provider}", "rerankers")(_rerankers(_provider, _path))
 
 
@@ -296,7 +300,14 @@ def _haystack_nvidia(address, n):
     return NvidiaRanker(model=MODEL, api_key=Secret.from_token("key"), api_url=f"{address}/v1", top_k=n)
 
 
+def _haystack_tei(address, n):
+    from haystack_integrations.components.rankers.huggingface_api import HuggingFaceTEIRanker
+
+    return HuggingFaceTEIRanker(url=address, top_k=n)
+
+
 for _name, _package, _make in (
+    ("HuggingFaceTEIRanker", "huggingface-api-haystack", _haystack_tei),
     ("JinaRanker", "jina-haystack", _haystack_jina), ("CohereRanker", "cohere-haystack", _haystack_cohere),
     ("NvidiaRanker", "nvidia-haystack", _haystack_nvidia),
 ):  # fmt: skip
