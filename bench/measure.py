@@ -45,9 +45,9 @@ def machine() -> dict[str, Any]:
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(_COMMIT, capture_output=True, text=True).stdout.strip()
     facts = {
-        "cpu": cpu, "family_and_model": kind, "flags": flags, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu, "family_and_model": kind, "flags": flags, "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+        "commit": commit, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     facts |= {package: importlib.metadata.version(package) for module, package in _PACKAGES if module in sys.modules}
     if torch.cuda.is_available():

@@ -174,7 +174,7 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(
             f"id_or_path is {name!r}: no such folder, and no Hub id of the form 'owner/name', nor one of the short "
-            f"names {', '.join(ALIASES)}"
+            f"names {', '.join([BUNDLED, *ALIASES])}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -297,6 +297,10 @@ def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any])
         raise ValueError(f"{path}: dropout is {tokenizer.model.dropout}: the same text would have other ids every time")
     if tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"{path}: post_processor adds tokens around every text, which no prompt here has")
+    for token in tokenizer.get_added_tokens_decoder().values():
+        for way in ("lstrip", "rstrip", "single_word"):
+            if getattr(token, way):
+                raise ValueError(f"{path}: {way} of {token.content!r:.80} is true: it eats what stands beside it")
     added = tokenizer_config.get("added_tokens_decoder")
     for number, token in (added.items() if isinstance(added, dict) else ()):
         content = token.get("content") if isinstance(token, dict) else None

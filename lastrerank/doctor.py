@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import tempfile
 import time
 from dataclasses import asdict
@@ -119,7 +120,8 @@ def verify_checkpoint(id_or_path: str | Path, device: str = "auto") -> dict[str,
     name, _ = resolve(id_or_path)
     golden = golden_of(name)
     if golden is None:
-        raise ValueError(f"{name}: no scores are known of it, only of {', '.join(g.checkpoints for g in GOLDENS)}")
+        known = (re.sub(r"\\|\(.*?\)\?", "", golden.checkpoints) for golden in GOLDENS)  # names, of patterns of them
+        raise ValueError(f"{name}: no scores are known of it, only of {', '.join(known)}")
     reranker = Reranker.from_pretrained(id_or_path, device=device, dtype="float32")
     results = reranker.rerank(golden.query, golden.documents, return_embeddings=bool(golden.vector))
     by_index = {result["index"]: result for result in results}

@@ -201,6 +201,12 @@ def _table(text: str, path: Path, delimiter: str, column: str) -> Iterator[tuple
         for row in rows:
             if row[column] is None or None in row:
                 raise ValueError(f"{path}:{rows.line_num}: a row of another number of columns than the header's")
+            if delimiter == "\t" and any("\n" in value for value in row.values()):
+                # In most such files a quote is a quote, and this one would swallow the rows up to the next.
+                raise ValueError(
+                    f"{path}:{rows.line_num}: here ends a field that a quote began lines before: save it as .csv if "
+                    'that is meant; else a quote at the beginning of a field is written """'
+                )
             rest = {name: value for name, value in row.items() if name not in (column, "text")}
             yield f"{path}:{rows.line_num}", {"text": row[column], **rest}
     except csv.Error as error:

@@ -39,10 +39,10 @@ class RerankRequest:
     """A query and its documents.
 
     documents: strings, or mappings with a `text`, in a sequence, an array or a column of one. An empty instruction is
-    none. top_n: results wanted, None for all. Lengths are in tokens, None
-    for the checkpoint's caps; a longer text is cut. block_size: documents in one prompt. orders: the mean over this
-    many seeded orders of the list is scored, at `orders` times the cost; 1 scores the list as given. score_threshold:
-    results whose relevance_score is lower are left out.
+    none. top_n: results wanted, None for all. Lengths are in tokens, None for the checkpoint's caps; a longer text is
+    cut. block_size: documents in one prompt; of more than 125 as many as fit the context with all that stands around
+    them. orders: the mean over this many seeded orders of the list is scored, at `orders` times the cost; 1 scores the
+    list as given. score_threshold: results whose relevance_score is lower are left out.
     """
 
     query: str

@@ -279,6 +279,15 @@ def test_a_column_is_of_a_table(tmp_path):
     assert len(read_documents([tmp_path], "body")[0]) == 3
 
 
+def test_a_quote_swallows_no_rows_of_tab_separated_ones(tmp_path):
+    path = tmp_path / "collection.tsv"
+    path.write_text('id\ttext\n1\t"The quick\n2\tbrown fox"\n3\tjumps\n')
+    with pytest.raises(ValueError, match=r"collection\.tsv:3: here ends a field that a quote began lines before"):
+        read_documents([path], "text")
+    path.write_text('id\ttext\n1\t"a ""quick"" one"\n2\tbrown fox\n')
+    assert [document["text"] for document in read_documents([path], "text")[0]] == ['a "quick" one', "brown fox"]
+
+
 def test_an_empty_model_is_not_the_default(run):
     for command in (("rerank", "q", "-"), ("serve",), ("bench",)):
         done = run(*command, "--model", " ", stdin="text\n", model=False)

@@ -233,6 +233,7 @@ def test_an_adapter_over_other_weights_is_not_taken_for_the_model(copy):
     [
         (lambda raw: raw["model"]["vocab"].update(zz=10**6), "token 'zz' has id 1000000"),
         (lambda raw: raw["model"].update(dropout=0.1), r"dropout is 0\.1"),
+        (lambda raw: raw["added_tokens"][0].update(rstrip=True), r"rstrip of '.*' is true"),
         (lambda raw: raw.update(post_processor={
             "type": "TemplateProcessing", "pair": [],
             "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -241,7 +242,7 @@ def test_an_adapter_over_other_weights_is_not_taken_for_the_model(copy):
         (lambda raw: raw.update(model={"type": "Unknown"}), "not a tokenizer"),
         (lambda raw: raw["model"].update(merges=[["q", "nothing of the kind"]]), "not a tokenizer"),
     ],
-    ids=["id beyond the table", "dropout", "tokens around texts", "model", "merges"],
+    ids=["id beyond the table", "dropout", "a token that eats blanks", "tokens around texts", "model", "merges"],
 )  # fmt: skip
 def test_tokenizers_that_would_give_other_ids(copy, change, message):
     path = copy / "tokenizer.json"

@@ -49,6 +49,27 @@ def states():
     yield "anomaly detection", torch.autograd.detect_anomaly
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float64", "autocast", "products"])
+def test_state_set_elsewhere_while_loading_changes_nothing(tmp_path, name):
+    """int8's weights are rotated back, an adapter's product is added, a head's rows are subtracted while loading."""
+    from lastrerank.adapters import write_adapter
+    from lastrerank.checkpoint import BUNDLED
+    from lastrerank.families import FAMILIES
+    from lastrerank.random_checkpoint import small_tokenizer, texts_for, write_random_checkpoint
+
+    tokenizer = small_tokenizer(texts_for(FAMILIES["qwen3-reranker"]))
+    pairs = write_random_checkpoint(tmp_path / "pairs", "tiny-qwen3", tokenizer=tokenizer, dtype=torch.float32)
+    base = write_random_checkpoint(tmp_path / "base", "tiny", tokenizer=small_tokenizer(), dtype=torch.float32)
+    width = Reranker.from_pretrained(base).config.hidden_size
+    update = torch.randn(width, 4), torch.randn(4, Reranker.from_pretrained(base).config.intermediate_size)
+    write_adapter(tmp_path / "adapter", str(base), {"model.layers.0.mlp.down_proj.weight": update}, {}, 4, 8.0)
+    for model in (BUNDLED, pairs, tmp_path / "adapter"):
+        expected = [r["relevance_score"] for r in Reranker.from_pretrained(model).rerank(QUERY, DOCUMENTS)]
+        with dict(states())[name]():
+            loaded = Reranker.from_pretrained(model)
+        assert [r["relevance_score"] for r in loaded.rerank(QUERY, DOCUMENTS)] == expected, model
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("name", dict(states()))
 def test_state_set_elsewhere_changes_nothing(small, backend, name):

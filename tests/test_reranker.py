@@ -62,6 +62,22 @@ def test_three_hundred_documents_in_three_blocks(reranker, baseline, documents):
     assert [len(block.doc_rows) for block in encoded.blocks] == [125, 125, 50]
 
 
+@pytest.mark.parametrize("instruction", [None, "prefer short ones " * 10])
+def test_blocks_beyond_the_published_size_fit_the_context(tmp_path, tokenizer, instruction):
+    """What stands around short documents is most of such a prompt; the published rule leaves that out."""
+    from lastrerank.random_checkpoint import write_random_checkpoint
+
+    overrides = {"max_position_embeddings": 2048, "lastrerank": {"max_query_length": 128, "max_doc_length": 512}}
+    folder = write_random_checkpoint(tmp_path, "tiny", tokenizer=tokenizer, overrides=overrides)
+    reranker = Reranker.from_pretrained(folder)
+    documents = [f"page {i}" for i in range(300)]
+    for size in (126, 300, 1000):
+        request = RerankRequest("insert image", documents, block_size=size, instruction=instruction)
+        blocks = reranker.encode(request).blocks
+        assert sum(len(block.doc_rows) for block in blocks) == 300
+        assert all(1024 < len(block.ids) <= 2048 for block in blocks[:-1]) and len(blocks[-1].ids) <= 2048
+
+
 def test_blocks_closed_by_the_context(tmp_path, tokenizer, documents):
     from lastrerank.random_checkpoint import write_random_checkpoint
 

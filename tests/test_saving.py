@@ -197,6 +197,37 @@ def test_a_full_disk_leaves_the_folder_as_it_was(small, other, tmp_path, monkeyp
         assert score(load(target)) == before
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_opened_is_no_mixture(small, other, tmp_path, monkeypatch):
+    from lastrerank import checkpoint
+
+    shutil.copytree(small, tmp_path / "model")
+    original = checkpoint._small_files
+
+    def replaced_behind(folder):
+        found = original(folder)
+        load(other).save_pretrained(tmp_path / "model") if folder == tmp_path / "model" else None
+        return found
+
+    monkeypatch.setattr(checkpoint, "_small_files", replaced_behind)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_save_has_the_scores_of_what_was_saved(small, tmp_path, dtype):
+    """Norms and projectors that are computed with in float32 are no bf16 numbers, if the checkpoint's aren't."""
+    from lastrerank import ops
+
+    if ops.availability(torch.device("cpu"), torch.float32)["native"]:
+        pytest.skip("native is not available")
+    source = load(small, dtype="float32", backend="reference")
+    for name, tensor in (("norm", source.model.weights.norm), ("w1", source.model.weights.readout.w1)):
+        assert not torch.equal(tensor.bfloat16().float(), tensor), name
+    loaded = load(small, dtype=dtype, backend="native")
+    loaded.save_pretrained(tmp_path / "saved")
+    assert score(load(tmp_path / "saved", dtype=dtype, backend="native")) == score(loaded)
+
+
 def test_saving_through_a_link_writes_where_it_leads(small, other, tmp_path):
     shutil.copytree(small, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")

@@ -28,7 +28,14 @@ from lastrerank.packing import pack
 from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
 from lastrerank.training import operations, run
 from lastrerank.training import trainer as trainer_module
-from lastrerank.training.data import ListRow, TrainingData, augmented, labelled, read_training_data
+from lastrerank.training.data import (
+    ListRow,
+    TrainingData,
+    augmented,
+    labelled,
+    read_pairs,
+    read_training_data,
+)
 from lastrerank.training.losses import disperse_loss, distill_loss, rank_loss, similar_loss
 from lastrerank.training.mining import Pair, mine_lists
 from lastrerank.training.queries import QueryMaker
@@ -455,6 +462,36 @@ def test_lists_are_drawn_reproducibly_and_in_random_order(toy):
     originals = [i for i, copy in enumerate(doubled.copy_of) if copy >= 0]
     assert len(originals) * 2 == len(doubled.documents) and doubled.positive in originals
     assert sorted(originals + [doubled.copy_of[i] for i in originals]) == list(range(len(doubled.documents)))
+
+
+def test_a_querys_other_answers_are_no_negatives():
+    documents = [f"{number}" for number in range(6)]
+    rows = [ListRow("q", 1, (), None, "all"), ListRow("q", 2, (), None, "all"),
+            *(ListRow(f"r{i}", i, (), None, "all") for i in (0, 3, 4, 5))]  # fmt: skip
+    data = TrainingData(documents, rows)
+    drawn = [data.draw(0, n, hard=0, easy=3) for n in range(200)]
+    own = [example for example in drawn if example.query == "q"]
+    assert len(own) > 20 and all(len({"1", "2"} & set(example.documents)) == 1 for example in own)
+    assert any({"1", "2"} <= set(example.documents) for example in drawn if example.query != "q")
+
+
+@pytest.mark.parametrize(
+    ("documents", "lists", "message"),
+    [
+        ([{"id": 1, "text": "a"}, {"id": 1, "text": "b"}], [], r"documents\.jsonl:2: id 1 is there twice"),
+        ([{"id": True, "text": "a"}], [], r"documents\.jsonl:1: expected 'id'"),
+        ([{"id": 1, "text": "a"}, {"id": 2, "text": "b"}], [{"query": "q", "positive": 1, "negatives": [2, 1]}],
+         r"lists\.jsonl:1: the positive 1 is among the negatives"),
+    ],
+)  # fmt: skip
+def test_contradictory_training_data_is_refused(tmp_path, documents, lists, message):
+    for name, rows in (("documents", documents), ("lists", lists), ("pairs", [])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        read_training_data(tmp_path)
+    if not lists:
+        with pytest.raises(ValueError, match=message):
+            read_pairs(tmp_path)
 
 
 def test_augmenting_keeps_some_of_the_text():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -391,7 +394,31 @@ LATER = [
     lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True),
     lambda model: model.set_input_embeddings(torch.nn.Embedding(300, 64)),
     lambda model: model.to(torch.bfloat16),
+    lambda model: model.rotary_emb.inv_freq.mul_(0.5),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+def test_biases_are_shared_too(kind):
+    model, other = (family(kind, **({"attention_bias": True} if kind == "Qwen3" else {})) for _ in range(2))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        ids = torch.randint(1, 200, (1, 9))
+        expected = other(input_ids=ids, use_cache=False).last_hidden_state
+        lastrerank.accelerate(model).load_state_dict(other.state_dict())
+        assert (model(input_ids=ids).last_hidden_state - expected).abs().max() <= 1e-4
+
+
+def test_an_accelerated_decoder_is_not_copied():
+    """The copy would compute by the first one's weights."""
+    model = lastrerank.accelerate(decoder())
+    with pytest.raises(TypeError, match=r"isn't copied: del decoder\.forward"):
+        copy.deepcopy(model)
+    with pytest.raises(TypeError, match="isn't pickled"):
+        pickle.dumps(model)
+    del model.forward
+    assert copy.deepcopy(model)(input_ids=torch.zeros(1, 3, dtype=torch.long)) is not None
 
 
 @pytest.mark.parametrize("change", LATER, ids=lambda change: change.__name__)

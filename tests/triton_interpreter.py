@@ -1,4 +1,4 @@
-"""Repairs of Triton 3.6's interpreter, so that its faults aren't taken for a kernel's. Each is checked to be needed.
+"""Repairs of the interpreter of Triton 3.6 and 3.7, so that its faults aren't taken for a kernel's.
 
 - casts from fp32 to bf16 and to float8 e4m3 truncate; hardware rounds to nearest even
 - `tl.dot` on bf16 multiplies the bit patterns
