@@ -86,7 +86,7 @@ def save(root: Path, kills: int) -> dict[str, object]:
     target, wrong, at_work = root / "target", [], 0
     shutil.copytree(folders[0], target)
     (target / "README.md").write_text("the user's")
-    seconds = duration(lambda: models[0].save_pretrained(target))
+    seconds = min(duration(lambda: models[0].save_pretrained(target)) for _ in range(3))  # not of a slow moment
     rng = random.Random(0)
     for number in range(kills):
         at_work += killed_at(lambda n=number: models[n % 2].save_pretrained(target), rng.uniform(0, 1.2 * seconds))

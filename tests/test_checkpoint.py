@@ -235,5 +235,5 @@ def test_short_names_of_public_checkpoints(name, monkeypatch):
     with pytest.raises(ValueError, match=f"/{name}'"):
         resolve(name)
     assert asked[0].endswith(f"/{name}") and asked[0].count("/") == 1
-    with pytest.raises(ValueError, match="nor one of the short names jina-reranker-v3"):
+    with pytest.raises(ValueError, match="nor one of the short names lastrerank-43m, jina"):
         resolve("no-such-model")

@@ -18,8 +18,9 @@ def cluster():
     ray.shutdown()
 
 
-def post(address, body):
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})
+def post(address, body, **headers):
+    headers = {"content-type": "application/json", **headers}
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.loads(response.read()), response.headers
 
@@ -49,6 +50,27 @@ def test_served_by_two_replicas(cluster, folder, expected):
         assert refused.value.code == 400
         status = serve.status().applications["default"].deployments["lastrerank"]
         assert status.replica_states == {"RUNNING": 2}
+    finally:
+        serve.shutdown()
+
+
+def test_a_key_and_limits_are_the_servers(cluster, folder):
+    from ray import serve
+
+    from lastrerank.integrations.ray import deployment
+
+    serve.start(http_options={"port": 8765})
+    application = deployment(str(folder), api_key="secret", limits={"max_documents": 2}, backend="reference")
+    serve.run(application, route_prefix="/")
+    try:
+        for headers, documents, status in (({}, DOCUMENTS[:1], 401), ({"authorization": "Bearer other"}, ["a"], 401),
+                                           ({"authorization": "Bearer secret"}, DOCUMENTS[:3], 413)):  # fmt: skip
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                post("http://127.0.0.1:8765/v1/rerank", {"query": QUERY, "documents": documents}, **headers)
+            assert refused.value.code == status
+        body, _ = post("http://127.0.0.1:8765/v1/rerank", {"query": QUERY, "documents": DOCUMENTS[:2]},
+                       authorization="Bearer secret")  # fmt: skip
+        assert len(body["results"]) == 2
     finally:
         serve.shutdown()
 
