@@ -221,7 +221,7 @@ def open_checkpoint(
         base, folder = resolve_base(adapter)
     # As they are before they are read: one that is replaced meanwhile is found out when the weights are.
     small = [FileState.of(path) for path in small_files(folder)]
-    raw, config, tokenizer, tokenizer_config = _small_files(folder)
+    raw, config, tokenizer, tokenizer_config = _read_small_files(folder)
     if family is None:
 
         def has_projector() -> bool:
@@ -233,7 +233,7 @@ def open_checkpoint(
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter, base)
 
 
-def _small_files(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer, dict[str, Any]]:
+def _read_small_files(folder: Path) -> tuple[dict[str, Any], ModelConfig, Tokenizer, dict[str, Any]]:
     """`config.json` as it is and read, the tokenizer, and `tokenizer_config.json`, of a folder with a checkpoint."""
     if (folder / adapters.CONFIG).exists():
         raise ValueError(
@@ -264,7 +264,7 @@ def open_decoder(id_or_path: str | os.PathLike[str], revision: str | None = None
         ValueError: a file is missing or malformed, or a tensor is missing, unknown or misshapen.
     """
     _, folder = resolve(id_or_path, revision)
-    raw, config, tokenizer, tokenizer_config = _small_files(folder)
+    raw, config, tokenizer, tokenizer_config = _read_small_files(folder)
     if config.quantised:
         raise ValueError(f"{folder}: its weights are int8: training starts from what they were quantised from")
     with Tensors(folder) as tensors:

@@ -317,7 +317,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: /v1/rerank, /score, /metrics, a page to try it at /. API key: LASTRERANK_API_KEY."""
     started = time.perf_counter()
-    bound = None
+    bound, at_sigterm = None, signal.getsignal(signal.SIGTERM)
     try:
         from lastrerank.server import listen
         from lastrerank.server.limits import Limits
@@ -361,13 +361,14 @@ def serve(
         )  # fmt: skip
         if isinstance(bound, listen.UnixSocket) and not bound.is_there:
             raise ValueError(f"uds is {uds!r}, which another server has taken meanwhile")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except BaseException as error:
         if bound is not None:
             listen.release(bound)
         if isinstance(error, _EXPECTED):
             _fail(error, "serve")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, at_sigterm)
     started_with = [model] if model is not None and not Path(model).is_dir() else []  # may be an alias
     names = list(dict.fromkeys([loaded.checkpoint.name, *(model_name or ()), *started_with]))
     application = create_app(

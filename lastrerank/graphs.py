@@ -145,6 +145,7 @@ class GraphedModel:
                 try:
                     self._captured[wanted] = self._capture(wanted)
                 except Exception as error:  # the ordinary pass may do without what it lacked
+                    error.__traceback__ = error.__context__ = error.__cause__ = None  # they hold the pass's tensors
                     self.failed[wanted] = error
                     logger.warning("lists of %d tokens will take longer: no CUDA graph (%s)", wanted, error)
         return self._captured.get(tokens)

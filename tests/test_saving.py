@@ -201,14 +201,15 @@ def test_a_checkpoint_that_is_replaced_while_it_is_opened_is_no_mixture(small, o
     from lastrerank import checkpoint
 
     shutil.copytree(small, tmp_path / "model")
-    original = checkpoint._small_files
+    original = checkpoint._read_small_files
 
     def replaced_behind(folder):
         found = original(folder)
-        load(other).save_pretrained(tmp_path / "model") if folder == tmp_path / "model" else None
+        if folder == tmp_path / "model":
+            load(other).save_pretrained(folder)
         return found
 
-    monkeypatch.setattr(checkpoint, "_small_files", replaced_behind)
+    monkeypatch.setattr(checkpoint, "_read_small_files", replaced_behind)
     with pytest.raises(ValueError, match="has changed while it was read"):
         load(tmp_path / "model")
 

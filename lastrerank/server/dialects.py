@@ -239,7 +239,7 @@ def read_rerank(
                 | ({"input": documents[row["index"]]} if back else {}) for row in results
             ]  # fmt: skip
         elif voyage:  # whose clients read it there, and documents, where they ask for them, as they were sent
-            data = [{name: value for name, value in row.items() if name != "document"} for row in results]
+            data = [{"index": row["index"], "relevance_score": row["relevance_score"]} for row in results]
             for row in data if wanted else []:
                 sent = documents[row["index"]]
                 row["document"] = sent if isinstance(sent, str) else raw[row["index"]]

@@ -30,7 +30,6 @@ class DataRow(Struct, forbid_unknown_fields=True):
     object: str | UnsetType = UNSET
     document: Any = UNSET
     input: str | UnsetType = UNSET
-    embedding: list[float] | UnsetType | None = UNSET
 
 
 class TextScore(Struct, forbid_unknown_fields=True):
