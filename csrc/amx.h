@@ -21,8 +21,11 @@ constexpr bool kAmx = false;
 constexpr long kStepWords = 16, kStepBytes = 4 * kStepWords, kTileRows = 16, kTileBytes = kTileRows * kStepBytes;
 constexpr long kPairRows = 2 * kTileRows;  // what one product takes
 
-// A column's words in a packed panel.
-constexpr long padded_words(long words) { return kAmx ? ceil_div(words, kStepWords) * kStepWords : words; }
+// Inputs of a column in a packed panel, `bytes` each: whole words, on AMX whole steps.
+constexpr long padded(long inputs, long bytes) {
+  const long together = (kAmx ? kStepBytes : kWord) / bytes;
+  return ceil_div(inputs, together) * together;
+}
 
 // bf16 numbers that make one of fp32: three times eight bits of significand, each of what the one before left.
 constexpr int kPartsOfFp32 = 3;

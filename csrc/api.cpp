@@ -27,11 +27,15 @@ namespace {
 
 using lastrerank::Kernels;
 
-// Whether an Arm processor has dot products of 8 bits (FEAT_DotProd), and of bf16 (FEAT_BF16).
+// Whether an Arm processor has dot products of 8 bits (FEAT_DotProd), and products of matrices, two rows by two columns, of
+// 8 bits and of bf16 (FEAT_I8MM, FEAT_BF16).
 #if defined(LASTRERANK_ARM) && defined(__linux__)
 // Bits of Linux's arch/arm64/include/uapi/asm/hwcap.h, by number for headers that are older than they.
 bool has_dotprod() { return getauxval(AT_HWCAP) & 1 << 20; }  // HWCAP_ASIMDDP
-bool has_bf16() { return getauxval(AT_HWCAP2) & 1 << 14; }    // HWCAP2_BF16
+bool has_matrices() {
+  constexpr unsigned long wanted = 1 << 13 | 1 << 14;  // HWCAP2_I8MM, HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & wanted) == wanted;
+}
 #elif defined(LASTRERANK_ARM) && defined(__APPLE__)
 bool has(const char* feature) {
   int found = 0;
@@ -39,10 +43,10 @@ bool has(const char* feature) {
   return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found != 0;
 }
 bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
-bool has_bf16() { return has("hw.optional.arm.FEAT_BF16"); }
+bool has_matrices() { return has("hw.optional.arm.FEAT_I8MM") && has("hw.optional.arm.FEAT_BF16"); }
 #elif defined(LASTRERANK_ARM)
 bool has_dotprod() { return false; }
-bool has_bf16() { return false; }
+bool has_matrices() { return false; }
 #endif
 
 #if defined(LASTRERANK_AMX)
@@ -75,7 +79,7 @@ const Kernels* const* available() {
     if (avx512) list[n++] = &lastrerank::kernels_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list[n++] = &lastrerank::kernels_avx2;
 #elif defined(LASTRERANK_ARM)
-    if (has_dotprod() && has_bf16()) list[n++] = &lastrerank::kernels_armbf16;
+    if (has_dotprod() && has_matrices()) list[n++] = &lastrerank::kernels_armv86;
     if (has_dotprod()) list[n++] = &lastrerank::kernels_dotprod;
 #endif
     list[n++] = &lastrerank::kernels_portable;

@@ -27,6 +27,11 @@ inline float element(const void* weight, bool is_bf16, long i) {
   return is_bf16 ? bf16(static_cast<const uint16_t*>(weight)[i]) : static_cast<const float*>(weight)[i];
 }
 
+// Where input i of a column is in packed panels: each of `width` inputs, `together` of which stand together.
+inline long packed_at(long column, long i, long width, long together) {
+  return column / kPanel * kPanel * width + (i / together * kPanel + column % kPanel) * together + i % together;
+}
+
 // ---- fp32 matrix product ----------------------------------------------------------------------------------------
 
 long packed_f32_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * k; }
@@ -42,8 +47,7 @@ void pack_f32(const void* weight, bool is_bf16, long n, long k, float* packed) {
 
 void unpack_f32(const float* packed, long n, long k, float* weight) {
   for (long column = 0; column < n; ++column)
-    for (long i = 0; i < k; ++i)
-      weight[column * k + i] = packed[(column / kPanel * k + i) * kPanel + column % kPanel];
+    for (long i = 0; i < k; ++i) weight[column * k + i] = packed[packed_at(column, i, k, 1)];
 }
 
 // Blocks: a panel stays in L2 over a block of kBlockRows rows of x, and those over kBlockPanels panels.
@@ -130,31 +134,29 @@ void linear_f32(int threads, const float* x, long ldx, long m, long k, const flo
 
 // ---- bf16 matrix product ----------------------------------------------------------------------------------------
 
-// Packed: per panel, per pair of inputs, kPanel columns of two.
-long bf16_pairs(long k) { return padded_words(ceil_div(k, 2)); }
-long packed_bf16_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * bf16_pairs(k) * 2; }
+// Packed: per panel, per word of inputs, kPanel columns.
+constexpr long kWordBf16 = kWord / 2;
+long bf16_width(long k) { return padded(k, 2); }
+long packed_bf16_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * bf16_width(k); }
 
 void pack_bf16(const void* weight, bool is_bf16, long n, long k, uint16_t* packed) {
-  const long pairs = bf16_pairs(k);
+  const long width = bf16_width(k);
   std::memset(packed, 0, packed_bf16_size(n, k) * sizeof(uint16_t));
   for (long column = 0; column < n; ++column)
     for (long i = 0; i < k; ++i)
-      packed[((column / kPanel * pairs + i / 2) * kPanel + column % kPanel) * 2 + i % 2] =
-          to_bf16(element(weight, is_bf16, column * k + i));
+      packed[packed_at(column, i, width, kWordBf16)] = to_bf16(element(weight, is_bf16, column * k + i));
 }
 
 void unpack_bf16(const uint16_t* packed, long n, long k, float* weight) {
-  const long pairs = bf16_pairs(k);
+  const long width = bf16_width(k);
   for (long column = 0; column < n; ++column)
-    for (long i = 0; i < k; ++i)
-      weight[column * k + i] =
-          bf16(packed[((column / kPanel * pairs + i / 2) * kPanel + column % kPanel) * 2 + i % 2]);
+    for (long i = 0; i < k; ++i) weight[column * k + i] = bf16(packed[packed_at(column, i, width, kWordBf16)]);
 }
 
 // Products with a weight in bf16, of x in as many bf16 numbers each as AMX multiplies: one rounds it, three don't.
 template <int kParts>
 void linear_by_tiles(int threads, const float* x, long ldx, long m, long k, const uint16_t* packed, Target to) {
-  const long pairs = bf16_pairs(k), steps = pairs / kStepWords;
+  const long width = bf16_width(k), steps = width / (2 * kStepWords);
   const RowStorage tiled(m, steps, kParts);
   const RowStorage* rows = &tiled;
   parallel_for(threads, ceil_div(m, kTileRows), [=](long task) {
@@ -166,7 +168,7 @@ void linear_by_tiles(int threads, const float* x, long ldx, long m, long k, cons
     [[maybe_unused]] const TileShape shape;
     const long products = ceil_div(end - row, kPairRows);
     for (long p = first; p < last; ++p) {
-      const uint16_t *panel = packed + p * pairs * 2 * kPanel, *next = panel + pairs * 2 * kPanel;
+      const uint16_t *panel = packed + p * width * kPanel, *next = panel + width * kPanel;
       for (long r = row; r < end; r += kPairRows)
         product_bf16<kParts>(rows->at(r), std::min(kPairRows, end - r), panel, steps,
                              c + (r - row) * ldc + (p - first) * kPanel, ldc,
@@ -186,20 +188,20 @@ void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, c
     linear_by_tiles<kRounded ? 1 : kPartsOfFp32>(threads, x, ldx, m, k, packed, to);
     return;
   }
-  constexpr bool in_pairs = kBf16Units && kRounded;
-  using Input = std::conditional_t<in_pairs, uint16_t, float>;
-  constexpr long inputs = in_pairs ? 2 : 1;  // that stand together
-  const long pairs = bf16_pairs(k), size = 2 * pairs * kRows;
+  constexpr bool in_words = kBf16Units && kRounded;
+  using Input = std::conditional_t<in_words, uint16_t, float>;
+  constexpr long inputs = in_words ? kWordBf16 : 1;  // that stand together
+  const long width = bf16_width(k), size = width * kRows;
   const auto storage = interleaved<Input>(threads, m, size, [=](long row, Input* tile, long r) {
-    for (long at = 0; at < 2 * pairs; at += kLanes) {
+    for (long at = 0; at < width; at += kLanes) {
       const Vec v = load_some(x + row * ldx, at, k);
       Input numbers[kLanes];
-      if constexpr (in_pairs) {
+      if constexpr (in_words) {
         store_bf16(numbers, v);
       } else {
         store(numbers, kRounded ? rounded_to_bf16(v) : v);
       }
-      const long some = std::min<long>(kLanes, 2 * pairs - at);
+      const long some = std::min<long>(kLanes, width - at);
       for (long i = 0; i < some; i += inputs) std::copy_n(numbers + i, inputs, tile + (at + i) * kRows + r * inputs);
     }
   });
@@ -208,13 +210,13 @@ void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, c
     for (long p = first; p < last; ++p)
       in_tiles<kRows>(row, end, [&](auto rows, long r) {
         const Input* a = tiles + r / kRows * size;
-        const uint16_t* panel = packed + p * pairs * 2 * kPanel;
+        const uint16_t* panel = packed + p * width * kPanel;
         float* target = c + (r - row) * ldc + (p - first) * kPanel;
         const long columns = std::min<long>(kPanel, n - p * kPanel);
-        if constexpr (in_pairs) {
-          tile_bf16<rows.value, true>(a, 0, panel, pairs, target, ldc, false, columns);
+        if constexpr (in_words) {
+          tile_bf16<rows.value, true>(a, 0, panel, width / kWordBf16, target, ldc, false, columns);
         } else {
-          tile_widened<rows.value>(a, panel, pairs, target, ldc, columns);
+          tile_widened<rows.value>(a, panel, width / 2, target, ldc, columns);
         }
       });
   });
@@ -224,13 +226,13 @@ void linear_bf16_weight(int threads, const float* x, long ldx, long m, long k, c
 
 constexpr int kWeightMax = 64;
 
-// Packed: per panel, per group of 4 inputs, kPanel columns of 4 bytes.
-long i8_groups(long k) { return padded_words(ceil_div(k, 4)); }
-long packed_i8_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * i8_groups(k) * 4; }
+// Packed: per panel, per word of inputs, kPanel columns.
+long i8_width(long k) { return padded(k, 1); }
+long packed_i8_size(long n, long k) { return ceil_div(n, kPanel) * kPanel * i8_width(k); }
 
 void pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8_t* packed, float* scales,
              int32_t* sums) {
-  const long groups = i8_groups(k);
+  const long width = i8_width(k);
   std::memset(packed, 0, packed_i8_size(n, k));
   std::vector<float> row(k);
   for (long column = 0; column < n; ++column) {
@@ -248,7 +250,7 @@ void pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8
     for (long i = 0; i < k && zero == 0.0f; ++i) {
       // More would saturate in vpmaddubsw.
       const long q = std::clamp<long>(std::lrint(row[i] / scales[column]), -kWeightMax, kWeightMax);
-      packed[((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4] = static_cast<int8_t>(q);
+      packed[packed_at(column, i, width, kWord)] = static_cast<int8_t>(q);
       total += static_cast<int32_t>(q);
     }
     sums[column] = total;
@@ -256,12 +258,10 @@ void pack_i8(const void* weight, bool is_bf16, long n, long k, bool scaled, int8
 }
 
 void unpack_i8(const int8_t* packed, const float* scales, long n, long k, float* weight) {
-  const long groups = i8_groups(k);
+  const long width = i8_width(k);
   for (long column = 0; column < n; ++column) {
-    for (long i = 0; i < k; ++i) {
-      const long at = ((column / kPanel * groups + i / 4) * kPanel + column % kPanel) * 4 + i % 4;
-      weight[column * k + i] = static_cast<float>(packed[at]) * scales[column];
-    }
+    for (long i = 0; i < k; ++i)
+      weight[column * k + i] = static_cast<float>(packed[packed_at(column, i, width, kWord)]) * scales[column];
     rotate(weight + column * k, k, weight + column * k);
   }
 }
@@ -270,7 +270,7 @@ constexpr int kRowsI8 = kLanes == 8 ? 4 : kRows;  // leaves registers for the pr
 
 void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8_t* packed, const float* scales,
                const int32_t* sums, long n, const float* bias, bool gated, float* out, long ldo) {
-  const long groups = i8_groups(k), width = groups * 4, steps = groups / kStepWords;
+  const long width = i8_width(k), steps = width / kStepBytes;
   // x in rows of `width`, or as AMX's registers.
   const RowStorage tiled(kAmx ? m : 0, steps, 1);
   std::unique_ptr<uint8_t[]> quantized(new uint8_t[kAmx ? 0 : m * width]);
@@ -296,7 +296,7 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
     [[maybe_unused]] const long products = ceil_div(end - row, kPairRows);
     for (long p = first; p < last; ++p) {
       const long column = p * kPanel, columns = std::min<long>(kPanel, n - column);
-      [[maybe_unused]] const int8_t *panel = packed + p * groups * kPanel * 4, *next = panel + groups * kPanel * 4;
+      [[maybe_unused]] const int8_t *panel = packed + p * width * kPanel, *next = panel + width * kPanel;
       const float* shift = bias == nullptr ? nullptr : bias + column;
       float* target = c + (p - first) * kPanel;
       if constexpr (kAmx) {
@@ -306,7 +306,7 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
                      p + 1 < last ? share_of(next, steps, (r - row) / kPairRows, products) : kNothing);
       } else {
         in_tiles<kRowsI8>(row, end, [&](auto some, long r) {
-          tile_integers<some.value>(q + r * width, width, rs + r, kZero, panel, groups, scales + column, sums + column,
+          tile_integers<some.value>(q + r * width, width, rs + r, kZero, panel, width / kWord, scales + column, sums + column,
                                     shift, target + (r - row) * ldc, ldc, false, columns);
         });
       }
@@ -379,10 +379,10 @@ void qk_norm_rope(int threads, float* qkv, long ld, long rows, long heads, long 
 
 // What attention multiplies. Logits, softmax and sums are in fp32 in each.
 //
-// Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Pairs: the same, for units that take pairs.
+// Fp32: numbers as they are. Rounded: the nearest bf16 numbers, in fp32. Units: the same, for units that multiply them.
 // Grid16, Grid8: integers of 16 and of 8 bits, on a grid each row and head (queries, keys, values) or each row and tile
 // (softmax's weights); those of 8 bits are rotated first, as what linears multiply is.
-enum class Format { kFp32, kRounded, kPairs, kGrid16, kGrid8 };
+enum class Format { kFp32, kRounded, kUnits, kGrid16, kGrid8 };
 
 constexpr long kKeys = 256;  // of a tile: softmax's weights are rounded under the largest logit up to the tile's end
 constexpr long kAhead = 4;   // rows that are asked for before the one that is read
@@ -401,11 +401,11 @@ template <Format kFormat>
 struct Of {
   static constexpr bool kEight = kFormat == Format::kGrid8, kGrid = kEight || kFormat == Format::kGrid16;
   // Whether AMX multiplies them: rows are filled up to whole registers, inputs to whole steps.
-  static constexpr bool kTiled = kAmx && kFormat == Format::kPairs;
+  static constexpr bool kTiled = kAmx && kFormat == Format::kUnits;
   using Integer = std::conditional_t<kEight, uint8_t, int16_t>;
-  using Number = std::conditional_t<kGrid, Integer, std::conditional_t<kFormat == Format::kPairs, uint16_t, float>>;
-  static constexpr long kInputs = 4 / sizeof(Number);                     // of a lane
-  static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;  // what widths are multiples of
+  using Number = std::conditional_t<kGrid, Integer, std::conditional_t<kFormat == Format::kUnits, uint16_t, float>>;
+  static constexpr long kInputs = sizeof(Number) == 4 ? 1 : kWord / sizeof(Number);  // that stand together
+  static constexpr long kStep = kTiled ? kStepWords * kInputs : kInputs;             // what widths are multiples of
   static constexpr long kQueryRows = kTiled ? 128 : 96;  // query rows of a task, the group's heads together
   static constexpr long kBlock = kTiled ? kPairRows : kRows;  // of them, multiplied with the keys that one of them sees
   // Steps of grids to either side of zero, but for softmax's weights, none of which is below it.
@@ -447,22 +447,23 @@ struct Of {
 
   // Numbers that are on no grid.
   static void put(Number* out, Vec v) {
-    if constexpr (kFormat == Format::kPairs) {
+    if constexpr (kFormat == Format::kUnits) {
       store_bf16(out, v);
     } else {
       store(out, kFormat == Format::kRounded ? rounded_to_bf16(v) : v);
     }
   }
 
-  // A panel's numbers of as many rows as stand together in a lane.
+  // A panel's numbers of as many rows as stand together.
   static void put_together(const Number* rows, long ld, Number* out) {
     for (long i = 0; i < kPanel; ++i)
       if constexpr (kInputs == 1) {
         out[i] = rows[i];
       } else {
-        uint32_t word = 0;
+        std::conditional_t<kWord == 8, uint64_t, uint32_t> word = 0;
         for (long l = 0; l < kInputs; ++l)
-          word |= uint32_t{static_cast<std::make_unsigned_t<Number>>(rows[l * ld + i])} << (32 / kInputs * l);
+          word |= decltype(word){static_cast<std::make_unsigned_t<Number>>(rows[l * ld + i])}
+                  << (8 * sizeof(Number) * l);
         std::memcpy(out + i * kInputs, &word, sizeof word);
       }
   }
@@ -486,8 +487,8 @@ struct Of {
       if constexpr (kGrid) {
         tile_integers<rows.value>(first, lda, row_scales + r, zero, panel, ceil_div(inputs, kInputs), scales, sums,
                                   nullptr, target, ldc, accumulate, kPanel);
-      } else if constexpr (kFormat == Format::kPairs) {
-        tile_bf16<rows.value, false>(first, lda, panel, ceil_div(inputs, 2), target, ldc, accumulate, kPanel);
+      } else if constexpr (kFormat == Format::kUnits) {
+        tile_bf16<rows.value, false>(first, lda, panel, ceil_div(inputs, kInputs), target, ldc, accumulate, kPanel);
       } else {
         tile_f32<rows.value, false>(first, lda, panel, inputs, target, ldc, accumulate, kPanel);
       }
@@ -712,7 +713,7 @@ void attention(int precision, int threads, const float* q, long ldq, long rows, 
                const float* k, long ldk, const float* v, long ldv, long length, const float* prefix_k,
                const float* prefix_v, long prefix, long heads, long kv_heads, long dim, long window, float scale,
                float* out, long ldo) {
-  constexpr Format bf16_format = kBf16Units ? Format::kPairs : Format::kRounded,
+  constexpr Format bf16_format = kBf16Units ? Format::kUnits : Format::kRounded,
                    int8_format = kAmx ? bf16_format : kInt8Units ? Format::kGrid8 : Format::kGrid16;
   const auto in = precision == kBf16 ? attention_in<bf16_format>
                   : precision == kInt8 ? attention_in<int8_format> : attention_in<Format::kFp32>;

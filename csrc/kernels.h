@@ -82,6 +82,6 @@ extern const Kernels kernels_avx512vnni;
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_amx;
 extern const Kernels kernels_dotprod;
-extern const Kernels kernels_armbf16;
+extern const Kernels kernels_armv86;
 
 }  // namespace lastrerank

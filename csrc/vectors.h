@@ -83,6 +83,16 @@ inline uint32_t load_word(const void* p) {
   std::memcpy(&pair, p, sizeof pair);
   return pair;
 }
+// Eight bytes at a and eight at b, in the first four lanes.
+LASTRERANK_INLINE UVec load_two(const void* a, const void* b) {
+  typedef uint64_t Halves __attribute__((vector_size(kLanes * 4)));
+  Halves both{};
+  std::memcpy(&both, a, 8);
+  uint64_t second;
+  std::memcpy(&second, b, 8);
+  both[1] = second;
+  return bits<UVec>(both);
+}
 
 // Lanes in pairs, then pairs in pairs: a chain of all would take longer than what is summed.
 template <typename F>

@@ -496,7 +496,7 @@ X86["avx512"] = [*X86["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx51
 X86["avx512vnni"] = [*X86["avx512"], "-mavx512vnni"]
 X86["avx512bf16"] = [*X86["avx512vnni"], "-mavx512bf16"]
 X86["amx"] = [*X86["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-ARM = {"portable": [], "dotprod": ["-march=armv8.2-a+dotprod"], "armbf16": ["-march=armv8.2-a+dotprod+bf16"]}
+ARM = {"portable": [], "dotprod": ["-march=armv8.2-a+dotprod"], "armv86": ["-march=armv8.2-a+dotprod+bf16+i8mm"]}
 ALL_OF_THEM = """#include "kernels.h"
 extern "C" const lastrerank::Kernels* lastrerank_kernels(int i) {
   static const lastrerank::Kernels* all[] = {%s nullptr};
@@ -557,6 +557,14 @@ def test_avx512_and_amx_by_stand_ins(tmp_path):
     sets = {"avx512": header, "avx512vnni": vnni, "avx512bf16": bf16, "amx": [*bf16, "-DSTAND_IN_AMX"]}
     sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     run_driver(build_driver(tmp_path, sets, flags=sanitized, every=True), 1)
+
+
+@needs_compiler
+def test_arm_matrices_by_stand_ins(tmp_path):
+    """The kernels for Arm's products of matrices, on any processor, likewise."""
+    header = ["-O1", "-include", str(ROOT / "tests/arm_stand_ins.h")]
+    sanitized = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run_driver(build_driver(tmp_path, {"armv86": header}, flags=sanitized, every=True), 1)
 
 
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"

@@ -16,7 +16,7 @@ fp32 activations between operations, and one of three precisions of what is mult
 What the kernels don't do better than PyTorch is inherited: `embed`, and the readouts, which are 0.1 % of a pass.
 
 `LASTRERANK_ISA` forces an instruction set for tests and measurements: portable, avx2, avx512, avx512vnni, avx512bf16 or
-amx, on Arm portable, dotprod or armbf16.
+amx, on Arm portable, dotprod or armv86.
 """
 
 from __future__ import annotations
