@@ -1,4 +1,4 @@
-"""lastrerank: last-token rerankers, the same scores many times faster and in a fraction of the memory."""
+"""lastrerank: last-token rerankers, the scores of Transformers, faster and in a fraction of the memory."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,15 @@ def rerank_file(
             raise ValueError(f"{name} is '-', expected a file: what it holds is not done again")
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{name} is {path}, whose folder isn't there")
+    instructions: set[str | None] = {None}
     for one in requests:
         reranker.encoder.check(one.request, f"{one.where}.")
+        if one.request.instruction not in instructions:  # only tokenising shows how long it is
+            instructions.add(one.request.instruction)
+            try:
+                reranker.encode(replace(one.request, documents=[]))
+            except ValueError as error:
+                raise ValueError(f"{one.where}: {error}") from error
     if trec is not None:
         _check_trec(requests, Path(trec), (target, kept))
     wanted = [[vars(one.request) | {"documents": list(one.request.documents)}, one.id] for one in requests]
@@ -130,11 +137,12 @@ def _check_trec(requests: Sequence[BatchRequest], path: Path, others: Sequence[P
         raise ValueError(f"trec is {path}, which is an output already")
     seen: dict[str, str] = {}
     for one in requests:
-        for name in (one.id, *one.names):
+        places = ("id", *(f"documents[{n}].id" for n in range(len(one.names))))
+        for place, name in zip(places, (one.id, *one.names), strict=True):
             if not isinstance(name, (str, int)) or isinstance(name, bool) or str(name) != "".join(str(name).split()):
-                raise ValueError(f"{one.where}: an id is {name!r:.60}, a TREC run needs words or numbers")
+                raise ValueError(f"{one.where}.{place} is {name!r:.60}, a TREC run needs words or numbers")
             if name == "":
-                raise ValueError(f"{one.where}: an id is empty")
+                raise ValueError(f"{one.where}.{place} is empty")
         if len(set(map(str, one.names))) < len(one.names):
             raise ValueError(f"{one.where}: two documents have one id")
         if str(one.id) in seen:

@@ -6,6 +6,7 @@ what is missing, unknown, misshapen, not finite, quantised in an unknown way, or
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -19,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from lastrerank import adapters
 from lastrerank.adapters import Adapter
 from lastrerank.config import INT8_MAX, ModelConfig
-from lastrerank.families import ALIASES, PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
+from lastrerank.families import ALIASES, MODULES, PROMPT_FILES, SENTENCE_TRANSFORMERS, Cosine, Family, recognise
 from lastrerank.isolation import isolated
 from lastrerank.kept import FileState, digest
 from lastrerank.model import LastLayerProjections, LayerWeights, ModelWeights
@@ -44,6 +46,7 @@ from lastrerank.stored import (
     small_files,
     weight_files,
 )
+from lastrerank.texts import bare_tokenizer
 
 logger = logging.getLogger("lastrerank")
 
@@ -53,7 +56,7 @@ BUNDLED, FORMER = "lastrerank-43m", ("lastrerank-13m", "lastrerank-26m")
 
 _FILES = (
     "config.json", "tokenizer.json", "*.safetensors", INDEX, adapters.CONFIG, SENTENCE_TRANSFORMERS,
-    *PROMPT_FILES,
+    *PROMPT_FILES, MODULES,
 )  # fmt: skip
 # The output head, which is read by families that score by logits, and the head of a classifier.
 _LM_HEAD, _CLASSIFIER = "lm_head.weight", "score.weight"
@@ -158,6 +161,8 @@ def resolve(id_or_path: str | os.PathLike[str], revision: str | None = None) -> 
             revisions.
     """
     path, name = Path(id_or_path), str(id_or_path)
+    if not name:  # as a path it would be the current folder
+        raise ValueError("id_or_path is '', expected a folder, a name or a Hub id")
     try:
         if path.is_dir():
             _refuse_revision(revision, f"{name} is a folder")
@@ -228,7 +233,7 @@ def open_checkpoint(
             with Tensors(folder) as tensors:
                 return any(PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
-        family = recognise(base, folder, raw, has_projector, read_json)
+        family = recognise(base, folder, raw, has_projector, read_json, tokenizer)
     files = (*small, *(FileState.of(path) for path in weight_files(folder)[0]), *before)
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter, base)
 
@@ -301,16 +306,36 @@ def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any])
         for way in ("lstrip", "rstrip", "single_word"):
             if getattr(token, way):
                 raise ValueError(f"{path}: {way} of {token.content!r:.80} is true: it eats what stands beside it")
+    where = path.with_name("tokenizer_config.json")
     added = tokenizer_config.get("added_tokens_decoder")
     for number, token in (added.items() if isinstance(added, dict) else ()):
         content = token.get("content") if isinstance(token, dict) else None
+        for way in ("lstrip", "rstrip", "single_word"):
+            if isinstance(token, dict) and token.get(way):
+                raise ValueError(f"{where}: {way} of {content!r:.80} is true: it eats what stands beside it")
         if not isinstance(content, str) or str(tokenizer.token_to_id(content)) != str(number):
             own = tokenizer.token_to_id(content) if isinstance(content, str) else None
             raise ValueError(
-                f"{path.with_name('tokenizer_config.json')}: added_tokens_decoder has {content!r:.80} as "
-                f"{number!s:.20}, tokenizer.json as {own}"
+                f"{where}: added_tokens_decoder has {content!r:.80} as {number!s:.20}, tokenizer.json as {own}"
             )
+    if tokenizer_config.get("split_special_tokens"):
+        raise ValueError(f"{where}: split_special_tokens is true: control tokens of a prompt would be text")
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = tokenizer_config.get(name)
+        for token in (listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else ()):
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str) or tokenizer.token_to_id(content) is None:
+                raise ValueError(f"{where}: {name} has {content!r:.80}, which tokenizer.json does not")
+    if tokenizer_config.get("add_prefix_space") is True and not _prefixes(tokenizer):
+        raise ValueError(f"{where}: add_prefix_space is true, but tokenizer.json puts no space before a text")
     return tokenizer
+
+
+def _prefixes(tokenizer: Tokenizer) -> bool:
+    """Whether a text that begins with a letter is encoded as one that a space stands before."""
+    raw = json.loads(bare_tokenizer(tokenizer, BPE()).to_str())  # without the vocabulary: it may be large
+    said = json.dumps([raw["normalizer"], raw["pre_tokenizer"]])
+    return any(mark in said for mark in ('"add_prefix_space": true', '"prepend', '"Prepend"'))
 
 
 def _load(

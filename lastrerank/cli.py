@@ -250,9 +250,9 @@ def train(
     ] = None,
     dev: Annotated[list[Path] | None, typer.Option(help="BEIR folder with a dev split; several times.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Of a plain decoder: how many of its first layers.")] = None,
-    every: Annotated[int, typer.Option(help="Steps between saving and looking at dev.")] = 200,
+    every: Annotated[int, typer.Option(min=1, help="Steps between saving and looking at dev.")] = 200,
     dev_queries: Annotated[int, typer.Option(min=1, help="Queries a dev set, a seeded sample.")] = 50,
-    patience: Annotated[int | None, typer.Option(help="Stop after this many looks without a new best.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after this many looks without a new best.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: JsonOption = False,
 ) -> None:
@@ -397,13 +397,15 @@ def convert(
     from lastrerank import Reranker
 
     try:
+        if dtype not in ("float32", "bfloat16", "float16", "int8"):
+            raise ValueError(f"dtype is {dtype!r}, expected one of float32, bfloat16, float16, int8")
         backend = "native" if dtype == "int8" else "reference"
         loading: dict[str, Any] = {"dtype": dtype, "backend": backend, "family": family, "revision": revision}
         loaded = Reranker.from_pretrained(model, device="cpu", **loading)
         loaded.save_pretrained(output)
     except _EXPECTED as error:
         _fail(error)
-    print(f"{output} holds {model} in {dtype}", file=sys.stderr)
+    print(f"{output} holds {model} in {dtype}; in that it is run with --dtype {dtype}", file=sys.stderr)
 
 
 @app.command()

@@ -54,8 +54,10 @@ _HARMLESS = frozenset({
 # random.
 _OWN = frozenset({"max_query_length", "max_doc_length", "family", "template", "random"})
 MODEL_TYPES = ("qwen3", "qwen2", "llama")
-# Architectures whose head is a classification's.
-CLASSIFIERS = ("Qwen2ForSequenceClassification", "Qwen3ForSequenceClassification")
+# Architectures of a decoder, by how their names end, and the one whose head is a classification's. Another may compute
+# something else from the same tensors.
+_CLASSIFIER = "ForSequenceClassification"
+_ARCHITECTURES = ("ForCausalLM", "Model", _CLASSIFIER)
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -178,7 +180,7 @@ class ModelConfig:
             max_doc_length=caps[1],
             windowed=windowed,
             tied=raw.get("tie_word_embeddings") is True,
-            classifier=any(name in CLASSIFIERS for name in raw.get("architectures") or ()),
+            classifier=any(name.endswith(_CLASSIFIER) for name in raw.get("architectures") or ()),
             labels=_labels(raw.get("id2label")),
         )
 
@@ -217,8 +219,9 @@ def _check_known(raw: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
         raise _bad("architectures", architectures, "a list of names")
-    if any("Classification" in name and name not in CLASSIFIERS for name in architectures or ()):
-        raise _bad("architectures", architectures, f"a decoder, or one of {CLASSIFIERS} among classifiers")
+    known = [f"{str(raw.get('model_type')).capitalize()}{end}" for end in _ARCHITECTURES] + ["JinaForRanking"]
+    if not set(architectures or ()) <= set(known):
+        raise _bad("architectures", architectures, f"of {known}: another may compute something else")
     for name in ("dtype", "torch_dtype"):
         if raw.get(name) not in (None, "auto", *_DTYPES, *(f"torch.{dtype}" for dtype in _DTYPES)):
             raise _bad(name, raw[name], f"one of {_DTYPES}")

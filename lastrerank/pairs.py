@@ -28,7 +28,7 @@ class PairPrompt:
     default_instruction: where there always is one.
     strip: white space around both texts goes.
     max_length: tokens, unless the request gives a cap of its own for documents. Texts are cut on the right: the
-        document, then what stands before it in its piece.
+        document, then what stands before it in its piece (of which a cap for documents leaves all but the query's end).
     frame_counts: whether pieces before the first and after the last text count in `max_length`.
     query_share: of `max_length`, what a query's own piece may take.
     """
@@ -101,6 +101,8 @@ class PairEncoder:
         for part in prompt.texts():
             if _holds_text(part) and len(self.pieces.split(part)) > 1:
                 raise ValueError(f"the piece {part!r:.80} holds a text and a control token: they must be pieces apart")
+        if not len(self.pieces.piece(" ")):
+            raise ValueError("tokenizer.json: a space has no token, so labels and texts of a prompt would run together")
         self._context = min(config.max_context, config.max_positions)
         # Tokens of the prompt's own, labels of texts among them: outside of the span of texts, and all.
         variants = (prompt.pieces, prompt.instructed or prompt.pieces)
@@ -225,9 +227,9 @@ class PairEncoder:
             len(pieces.fixed(part)) for n, part in enumerate(parts) if spans[0] < n < spans[-1] and n not in spans
         )
         # A cap of the caller's own for documents widens the prompt up to the context, for them; the query's cap stays.
-        widest, counted = self._context - self._outside - between, self._counted()
-        limit = widest if own_query is not None else counted - between
-        query_most = limit if own_query is not None else min(limit, int(counted * prompt.query_share))
+        published, counted = self._counted() - between, self._counted()
+        limit = self._context - self._outside - between if own_doc else published
+        query_most = limit if own_doc and own_query is not None else min(published, int(counted * prompt.query_share))
         before: list[np.ndarray] = []
         after: list[np.ndarray] = []
         cut, used, target = False, 0, before
@@ -240,8 +242,11 @@ class PairEncoder:
                 left, right = part.split("{document}")
                 gap = " " if left.endswith(" ") else ""
                 left = left.removesuffix(" ")
-                label, cut_left = self._piece(left, values, own_query, limit - used)
-                rest, cut_right = self._piece(right, values, own_query, limit - used)
+                # As published the cut of a prompt takes a query's end and what stands behind it. Where documents have a
+                # cap of their own, the query alone is cut.
+                query_cap = self._published_query if own_doc and own_query is None else own_query
+                label, cut_left = self._piece(left, values, query_cap, limit - used + int(own_doc))
+                rest, cut_right = self._piece(right, values, query_cap, limit - used + 1)
                 cut |= cut_left or cut_right
                 texts = None if cut_left or cut_right else (substitute(left, values), substitute(right, values))
             elif number in spans:
@@ -250,8 +255,8 @@ class PairEncoder:
                 target.append(ids)
             else:
                 target.append(pieces.fixed(part))
-        room = (widest if own_doc else limit) - used
-        if len(rest) and len(label) + len(rest) > room:
+        room = limit - used
+        if (len(rest) or own_doc) and len(label) + len(rest) > room:
             raise ValueError(
                 f"query and instruction have more tokens than the prompt has room for: with its own they are "
                 f"{len(label) + len(rest)}, expected at most {room}"

@@ -197,6 +197,7 @@ class PieceEncoder:
         self.control_ids = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
         # The vocabulary is shared: writing and reading it again would take longer than reading it from the file.
         plain = bare_tokenizer(tokenizer, tokenizer.model)
+        prompt = tuple(prompt)
         for part in prompt:
             for token in re.findall(r"<\|[^|<>]+\|>|</?think>", part):
                 if token not in self.control_ids:
@@ -210,15 +211,17 @@ class PieceEncoder:
         # What user text is encoded with; segments of the prompt hold no control token, so either serves them.
         self.texts = TextEncoder(plain, cache_bytes=cache_bytes)
         if control_tokens_in_text:
-            own = Tokenizer.from_str(tokenizer.to_str())
-            own.no_truncation()
-            own.no_padding()
-            self.texts = TextEncoder(own, self.control_ids, cache_bytes)
+            self.texts = TextEncoder(_untrimmed(tokenizer), self.control_ids, cache_bytes)
         self._controls = re.compile(
             "(" + "|".join(re.escape(c) for c in sorted(self.control_ids, key=len, reverse=True)) + ")"
         )
         self._pieces = lru_cache(maxsize=4096)(self.encode)
         self._boundary = lru_cache(maxsize=65536)(self._is_boundary)
+        whole = _untrimmed(tokenizer)
+        for part in (substitute(part, {}, "") for part in prompt):
+            if whole.encode(part, add_special_tokens=False).ids != self.fixed(part).tolist():
+                raise ValueError(f"tokenizer.json: a text behind a control token has other ids than by itself, in "
+                                 f"{part!r:.80}: prompts are put together from both")  # fmt: skip
 
     def split(self, part: str) -> list[str]:
         """A part of the prompt, control tokens apart; some pieces may be empty."""
@@ -266,9 +269,22 @@ def rough_tokens(text: str, cap: int) -> int:
     return min(len(head) // 4 if head.isascii() else len(head.encode("utf-8", "replace")) // 3, cap)
 
 
-def substitute(part: str, values: dict[str, str]) -> str:
-    """Fill placeholders in one pass, so that a value that looks like a placeholder stays text."""
-    return re.sub(r"\{[a-z]+\}", lambda match: values.get(match[0], match[0]), part)
+def substitute(part: str, values: dict[str, str], default: str | None = None) -> str:
+    """Fill placeholders in one pass, so that a value that looks like a placeholder stays text. default: of those that
+    have no value, else they stay."""
+    return re.sub(
+        r"\{[a-z]+\}", lambda match: values.get(match[0], match[0] if default is None else default), part
+    )
+
+
+def _untrimmed(tokenizer: Tokenizer) -> Tokenizer:
+    """That neither cuts nor pads."""
+    if tokenizer.truncation is None and tokenizer.padding is None:
+        return tokenizer
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.no_truncation()
+    own.no_padding()
+    return own
 
 
 def _head(text: str) -> str:

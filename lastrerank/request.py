@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,10 @@ class RerankRequest:
             if isinstance(value, numbers.Integral) and type(value) is not bool:
                 object.__setattr__(self, name, int(value))
         if isinstance(self.score_threshold, numbers.Real) and type(self.score_threshold) is not bool:
-            object.__setattr__(self, "score_threshold", float(self.score_threshold))
+            with contextlib.suppress(OverflowError):  # refused below
+                object.__setattr__(self, "score_threshold", float(self.score_threshold))
+        if isinstance(self.return_embeddings, np.bool_):
+            object.__setattr__(self, "return_embeddings", bool(self.return_embeddings))
         # Arrays and columns: iterated by index, which in a column is a label.
         tolist = getattr(self.documents, "tolist", None)
         if not isinstance(self.documents, Sequence) and callable(tolist) and isinstance(listed := tolist(), list):
@@ -127,8 +131,10 @@ class RerankRequest:
         if threshold is not None:
             if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
                 raise TypeError(f"{prefix}score_threshold is {threshold!r:.80}, expected a number")
-            if not math.isfinite(threshold):
-                raise ValueError(f"{prefix}score_threshold is {threshold}, expected a finite number")
+            if not (isinstance(threshold, float) and math.isfinite(threshold)):
+                raise ValueError(f"{prefix}score_threshold is {_shown(threshold)}, expected a finite number")
+        if not isinstance(self.return_embeddings, bool):
+            raise TypeError(f"{prefix}return_embeddings is {self.return_embeddings!r:.80}, expected True or False")
 
 
 def _check_text(value: object, name: str) -> None:
@@ -147,6 +153,13 @@ def _check_integer(value: object, name: str, least: int, optional: bool = False)
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
+        raise TypeError(f"{name} is {value!r:.80}, expected an integer")
     if value < least:
-        raise ValueError(f"{name} is {value}, expected at least {least}")
+        raise ValueError(f"{name} is {_shown(value)}, expected at least {least}")
+    if value >= 1 << 63:
+        raise ValueError(f"{name} is {_shown(value)}, expected less than 2**63")
+
+
+def _shown(number: float) -> str:
+    """Python writes no integer of thousands of digits."""
+    return f"of {number.bit_length()} bits" if isinstance(number, int) and abs(number) >= 1 << 256 else str(number)

@@ -274,9 +274,9 @@ class Reranker(CrossEncoderFace):
                 self._graphs.capture()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write this model in the published format, weights in its dtype (norms, biases and a projector in float32 if
-        they are no numbers of it), in place of the checkpoint that `folder` holds, in one step (see
-        `lastrerank.saving`); Python files that the checkpoint names are copied, not run.
+        """Write this model in the published format, weights in its dtype (what is float32 and isn't rounded in a pass
+        stays that: embedding, norms, biases, a projector), in place of the checkpoint that `folder` holds, in one step
+        (see `lastrerank.saving`); Python files that the checkpoint names are copied, not run.
 
         int8: the linears rotated (see `lastrerank.rotation`), as int8 with a scale for each output
         (`..._proj.weight_scale`), half the size of 16 bit. Other programs refuse it by its `quantization_config`.
@@ -286,7 +286,8 @@ class Reranker(CrossEncoderFace):
         dtype is), which Transformers reads as such, in the dtype that it is told.
 
         Raises:
-            ValueError: the weights are quantised in a way that isn't saved (float8), or the family is one's own.
+            ValueError: the weights are quantised in a way that isn't saved (float8), or too large for the dtype, or the
+                family is one's own.
             OSError: it can't be written; the folder is as it was.
         """
         self._check_table()
@@ -300,6 +301,8 @@ class Reranker(CrossEncoderFace):
             # A classifier is fp32, whatever the dtype is; so is what is computed with in fp32 and isn't this dtype's.
             for name, tensor in state.items():
                 small = tensor.to(DTYPES[self.dtype])
+                if not torch.isfinite(small).all():
+                    raise ValueError(f"{name} has numbers that are too large for {self.dtype}")
                 if name != "score.weight" and (tensor.dtype != torch.float32 or torch.equal(small.float(), tensor)):
                     state[name] = small
         raw = self._with_family(raw)

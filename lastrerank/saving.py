@@ -231,6 +231,8 @@ def _sweep(target: Path) -> None:
     """Finish what saves that were killed have left beside the folder: what is someone's goes back, after an hour the
     rest goes."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        if not re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9]+-[0-9a-f]+\.partial", left.name):
+            continue  # of a folder whose name begins like this one's
         try:
             if left.is_dir() and target.is_dir():
                 _give_back(left, target, _checkpoint_files(left))

@@ -142,7 +142,8 @@ class Tensors:
 
     def rows(self, name: str, start: int) -> torch.Tensor:
         """One row of a matrix."""
-        return self._slice(name)[start : start + 1][0]
+        with torch.device("cpu"):  # slices follow the default device, whole tensors don't
+            return self._slice(name)[start : start + 1][0]
 
     def read(self, name: str) -> torch.Tensor:
         return self._files[self._paths[name]].get_tensor(name)

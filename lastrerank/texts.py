@@ -76,7 +76,8 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer, control_tokens: Iterable[str] = (), cache_bytes: int = 64 << 20) -> None:
         self.tokenizer = tokenizer
         self._longest_control = max(map(len, control_tokens), default=0)
-        self._divides_runs = _is_byte_level(tokenizer) and not self._longest_control
+        self._looks_ahead_little = _is_byte_level(tokenizer)
+        self._divides_runs = self._looks_ahead_little and not self._longest_control
         self._cache: OrderedDict[tuple[str, int, bool], CutText] = OrderedDict()
         self._cache_bytes, self._cache_limit = 0, cache_bytes
         self._lock = Lock()
@@ -143,7 +144,7 @@ class TextEncoder:
         description applies, the piece of it that was read."""
         most = min(_MOST_CHARS, (cap + 1) * self._longest_token + 4096)
         chars = 16 * cap + 64
-        while chars < min(most, len(text)):
+        while self._looks_ahead_little and chars < min(most, len(text)):
             ids = self._certain_ids(text, chars, cap)
             if len(ids) > cap:
                 return ids, text
@@ -151,7 +152,7 @@ class TextEncoder:
         if len(text) <= most:
             return self.encode([text])[text], text
         # As long a piece as may be read: what is certain of it, or the rule.
-        ids = self._certain_ids(text, most, cap)
+        ids = self._certain_ids(text, most, cap) if self._looks_ahead_little else []
         piece = text[:most]
         return (ids, text) if len(ids) > cap else (self.encode([piece])[piece], piece)
 

@@ -116,6 +116,13 @@ def test_bad_lines_are_named_before_any_work(folder, tmp_path, line, said):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_long_instruction_is_named_before_any_work(folder, tmp_path):
+    rows = [*ROWS, {"query": "q", "documents": ["d"], "instruction": "word " * 500}]
+    failed = run(folder, "--requests", written(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl")
+    assert failed.exit_code == 2 and "in.jsonl:34: instruction has more than 64 tokens" in failed.output
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_what_goes_together(folder, tmp_path):
     source = written(tmp_path / "in.jsonl", [{"query": "q", "documents": ["a"]}])
     assert "expected --output" in run(folder, "--requests", source).output
@@ -126,7 +133,7 @@ def test_what_goes_together(folder, tmp_path):
         assert refused.exit_code == 2 and f"{name[2:]} is '-', expected a file" in refused.output
     assert "go with --requests" in run(folder, "q", source, "--output", tmp_path / "x").output
     refused = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", "--trec", tmp_path / "o.run")
-    assert refused.exit_code == 2 and ":1: an id is None" in refused.output
+    assert refused.exit_code == 2 and ":1.id is None" in refused.output
     for more, said in ((("--json",), "don't go with --requests"), (("--explain",), "don't go with"),
                        (("--trec", source), "holds the requests")):  # fmt: skip
         refused = run(folder, "--requests", source, "--output", tmp_path / "o.jsonl", *more)
@@ -162,9 +169,9 @@ def test_a_bad_request_is_named_by_its_line(folder, tmp_path, change, said):
 
 @pytest.mark.parametrize(
     "rows, said",
-    [([ROWS[0], ROWS[0]], ":2: its id 'q1' is that of"), ([ROWS[0] | {"id": "a b"}], ":1: an id is 'a b'"),
+    [([ROWS[0], ROWS[0]], ":2: its id 'q1' is that of"), ([ROWS[0] | {"id": "a b"}], ":1.id is 'a b'"),
      ([ROWS[0] | {"documents": [{"id": 1, "text": ""}, {"id": "1", "text": ""}]}], ":1: two documents have one id"),
-     ([ROWS[0] | {"id": True}], ":1: an id is True"), ([ROWS[0] | {"id": ""}], ":1: an id is empty")],
+     ([ROWS[0] | {"id": True}], ":1.id is True"), ([ROWS[0] | {"id": ""}], ":1.id is empty")],
 )  # fmt: skip
 def test_ids_that_no_trec_run_can_hold(folder, tmp_path, rows, said):
     source = written(tmp_path / "in.jsonl", rows)

@@ -60,6 +60,8 @@ def test_tokens_of_languages_with_and_without_spaces():
     assert bm25_tokens("表の挿入 table") == ["表の", "の挿", "挿入", "table"]
     assert bm25_tokens("표 삽입") == ["표", "삽입"]
     assert bm25_tokens("") == []
+    assert bm25_tokens("हिन्दी भाषा") == ["हिन्दी", "भाषा"]
+    assert bm25_tokens("cafe\u0301 CAFÉ") == ["café", "café"]
 
 
 def test_bm25_finds_and_orders():
@@ -124,6 +126,37 @@ def test_trec_run(dataset_folder, tmp_path):
         (tmp_path / "run").write_text(line + "\n")
         with pytest.raises(ValueError, match=message):
             read_trec_run(tmp_path / "run", dataset, 10)
+
+
+def test_equal_scores_of_a_run_are_ordered_as_trec_eval_does(dataset_folder, tmp_path):
+    import ir_measures
+
+    dataset = read_beir(dataset_folder, "dev")
+    (tmp_path / "run").write_text("".join(f"q0 Q0 d{i} {n} 0.5 x\n" for n, i in enumerate((10, 0, 3, 1), 1)))
+    found = read_trec_run(tmp_path / "run", dataset, 10)
+    assert found["q0"] == ["d3", "d10", "d1", "d0"]
+    qrels = [ir_measures.Qrel(q, d, gain) for q, gains in dataset.qrels.items() for d, gain in gains.items()]
+    run = list(ir_measures.read_trec_run(str(tmp_path / "run")))
+    theirs = {m.query_id: m.value for m in ir_measures.iter_calc([ir_measures.nDCG @ 10], qrels, run)}
+    assert evaluate_ranking(dataset, found)[1]["q0"]["nDCG@10"] == pytest.approx(theirs["q0"])
+
+
+def test_a_query_that_is_a_document_is_not_found_by_itself(tmp_path):
+    """ArguAna; a document whose id is the query's by chance stays."""
+    documents = {"a": "one claim about apples", "b": "a claim about apples, too", "1": "some apples"}
+    queries = {"a": "one  claim about apples", "1": "claim about apples"}
+    dataset = read_beir(write_dataset(tmp_path / "d", documents, queries, {"a": {"b": 1}, "1": {"1": 1}}), "dev")
+    found = bm25_candidates(dataset, 2)
+    assert found["a"] == ["b", "1"] and len(found["1"]) == 2
+    (tmp_path / "run").write_text("a Q0 a 1 2 x\na Q0 b 2 1 x\n1 Q0 1 1 2 x\n")
+    assert read_trec_run(tmp_path / "run", dataset, 1) == {"a": ["b"], "1": ["1"]}
+
+
+def test_two_datasets_of_one_name_and_unknown_orders_are_refused_at_once(dataset_folder, tmp_path, small_reranker):
+    with pytest.raises(ValueError, match="two of one name"):
+        evaluate(small_reranker, [dataset_folder, tmp_path / "other" / "toy"], tmp_path / "out")
+    with pytest.raises(ValueError, match="order is 'upward'"):
+        evaluate(small_reranker, [tmp_path / "not there"], tmp_path / "out", orders=["upward"])
 
 
 def test_a_run_resumes_where_it_was_cut_off(dataset_folder, tmp_path, small_reranker):

@@ -24,9 +24,15 @@ def test_example(path, tmp_path):
     assert done.stdout.strip() and not list(tmp_path.iterdir())
 
 
-def test_readmes_first_snippet_is_the_first_example():
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
-    assert snippet == (ROOT / "docs" / "examples" / "first.py").read_text(encoding="utf-8")
+def test_pages_show_the_examples_as_they_are():
+    """In the pages themselves, so that a page reads the same wherever it is rendered."""
+    pages = {"README.md": ["first"], "docs/index.md": ["first"], "docs/python.md": [path.stem for path in EXAMPLES]}
+    for page, names in pages.items():
+        snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+        for name in names:
+            assert (ROOT / "docs" / "examples" / f"{name}.py").read_text(encoding="utf-8") in snippets, (page, name)
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert not re.search(r"^--8<--|^=== ", page.read_text(encoding="utf-8"), re.MULTILINE), page
 
 
 def test_pages_and_code_that_the_documentation_names_exist():

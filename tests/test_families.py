@@ -52,6 +52,7 @@ CASES = {
     "tied": dict(),
     "untied": dict(tie_word_embeddings=False),
     "Qwen2": dict(family="mxbai-rerank-v2", shape="tiny-qwen2"),
+    "Llama": dict(model_type="llama"),
     "Qwen2, untied": dict(family="mxbai-rerank-v2", shape="tiny-qwen2", tie_word_embeddings=False),
     "one word": dict(family="zerank"),
     "document first": dict(family="ctxl-rerank-v2"),
@@ -288,7 +289,7 @@ def test_other_dtypes(make, documents, dtype):
     assert not np.array_equal(other, exact) and np.corrcoef(other, exact)[0, 1] > 0.97
 
 
-@pytest.mark.parametrize("case", ["tied", "untied", "Qwen2", "one word"])
+@pytest.mark.parametrize("case", ["tied", "untied", "Qwen2", "Llama", "one word"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_a_save_gives_the_same_scores(make, documents, tmp_path, case, dtype):
     loaded = Reranker.from_pretrained(make(**CASES[case]), dtype=dtype)
@@ -331,6 +332,11 @@ def test_a_family_of_ones_own_is_not_saved_as_another(make, tmp_path):
 # What a folder is
 
 
+def logits_of(family, tokenizer):
+    """As sentence-transformers' file has them, of the words' ids in this tokenizer."""
+    return dict(zip(("true_token_id", "false_token_id"), FAMILIES[family].readout.token_ids(tokenizer), strict=True))
+
+
 @pytest.fixture
 def bare(make, tmp_path):
     """A checkpoint that doesn't say what it is, in a folder called as one likes; its configuration and tensors are
@@ -370,32 +376,59 @@ def test_what_says_nothing_is_refused(bare, name):
         Reranker.from_pretrained(bare(name))
 
 
-def test_a_family_is_named_or_in_the_files(bare):
+def test_a_family_is_named_or_in_the_files(bare, tokenizer):
     folder = bare()
     assert Reranker.from_pretrained(folder, family="zerank").family.name == "zerank"
     assert Reranker.from_pretrained(folder, family=FAMILIES["ctxl-rerank-v2"]).family.name == "ctxl-rerank-v2"
     with pytest.raises(ValueError, match="family is 'qwen', expected one of"):
         Reranker.from_pretrained(folder, family="qwen")
-    prompts = {"a": "qwen3-reranker", "b": "mxbai-rerank-v2", "d": "ctxl-rerank-v2"}
-    for name, ids in (("a", (9693, 2152)), ("b", (16, 15)), ("c", (9454, None)), ("d", (0, None))):
-        folder = bare(name, logits=dict(zip(("true_token_id", "false_token_id"), ids, strict=True)))
+    for name in PUBLISHED:
+        folder = bare(f"a {name}", logits=logits_of(name, tokenizer))
         with pytest.raises(ValueError, match="no family says how"):  # others read these logits, too
             Reranker.from_pretrained(folder)
-        if name in prompts:
-            text = FAMILIES[prompts[name]].signature
-            (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": text}}))
-            assert Reranker.from_pretrained(folder).family.token_ids == ids
-    assert Reranker.from_pretrained(bare("zerank-1", logits={"true_token_id": 9454})).family.name == "zerank"
+        if FAMILIES[name].signature:
+            (folder / "chat_template.jinja").write_text(" ".join(FAMILIES[name].signature))
+            assert Reranker.from_pretrained(folder).family.name == name
+    zerank = bare("zerank-1", logits=logits_of("zerank", tokenizer) | {"false_token_id": None})
+    assert Reranker.from_pretrained(zerank).family.name == "zerank"
     with pytest.raises(ValueError, match=r"token ids are \(False, None\), expected integers or null"):
         Reranker.from_pretrained(bare("h", logits={"true_token_id": False}))
     with pytest.raises(ValueError, match=r"lastrerank.family 'zerank', lastrerank.template 'listwise'"):
         Reranker.from_pretrained(bare("i", config={"lastrerank": {"family": "zerank", "template": "transformers"}}))
-    with pytest.raises(ValueError, match=r"true_token_id and false_token_id are \(5, 6\), those of no family"):
+    with pytest.raises(ValueError, match=r"true_token_id and false_token_id are \(5, 6\), in this tokenizer those of"):
         Reranker.from_pretrained(bare("e", logits={"true_token_id": 5, "false_token_id": 6}))
     with pytest.raises(ValueError, match=r"its family is contradictory .its name 'zerank', .*'mxbai-rerank-v2'"):
-        Reranker.from_pretrained(bare("zerank-2", logits={"true_token_id": 16, "false_token_id": 15}))
+        Reranker.from_pretrained(bare("zerank-2", logits=logits_of("mxbai-rerank-v2", tokenizer)))
     with pytest.raises(ValueError, match=r"lastrerank\.family is 'x', expected one of"):
         Reranker.from_pretrained(bare("g", config={"lastrerank": {"family": "x"}}))
+
+
+DEFAULT = FAMILIES["qwen3-reranker"].prompt.default_instruction
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({}, None),
+    ({"config_sentence_transformers.json": {"prompts": {"query": DEFAULT}, "default_prompt_name": "query"}}, None),
+    ({"config_sentence_transformers.json": {"prompts": {"query": "Other"}, "default_prompt_name": None}}, None),
+    ({"config_sentence_transformers.json": {"prompts": {"law": "Find rulings"}, "default_prompt_name": "law"}},
+     "the prompt 'law' that is its default is 'Find rulings', which is not 'qwen3-reranker''s"),
+    ({"config_sentence_transformers.json": {"default_prompt_name": "law"}}, "the prompt 'law' that is its default is"),
+    ({"1_LogitScore/config.json": {"true_token_id": 9, "false_token_id": 2, "bias": -2.0}}, "bias is -2.0, a field"),
+    ({"chat_template.jinja": FAMILIES["qwen3-reranker"].signature[0] + "{{query}} {{document}}"}, "no family says how"),
+    ({"modules.json": [{"type": "sentence_transformers.models.Transformer"}, {"type": "x.LogitScore"}]}, None),
+    ({"modules.json": [{"type": "x.Transformer"}, {"type": "x.LogitScore"}, {"type": "x.Dense"}]}, "'x.Dense' is"),
+])  # fmt: skip
+def test_what_sentence_transformers_would_do_otherwise_is_refused(bare, tokenizer, files, message):
+    folder = bare(logits=logits_of("qwen3-reranker", tokenizer))
+    files = {"chat_template.jinja": " ".join(FAMILIES["qwen3-reranker"].signature), **files}
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    if message is None:
+        assert Reranker.from_pretrained(folder).family.name == "qwen3-reranker"
+    else:
+        with pytest.raises(ValueError, match=message):
+            Reranker.from_pretrained(folder)
+        assert Reranker.from_pretrained(folder, family="qwen3-reranker")
 
 
 def test_listwise_checkpoints_are_known_by_their_projector(small, tmp_path):
@@ -454,6 +487,8 @@ BROKEN = [
      lambda s: s.update({"score.weight": torch.ones(2, 128)}), r"labelled \('LABEL_0', 'LABEL_1'\)"),
     ({}, lambda s: s.update({"score.weight": torch.ones(1, 128)}), "1 tensors are unknown, the first: score.weight"),
     ({"architectures": ["BertForSequenceClassification"]}, None, "architectures is .*Bert"),
+    ({"architectures": ["Qwen3BidirectionalForReranking"]}, None, "architectures is .*Bidirectional"),
+    ({"architectures": ["LlamaForCausalLM"]}, None, r"architectures is .*expected of .*Qwen3ForCausalLM"),
 ]  # fmt: skip
 
 

@@ -11,12 +11,15 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, Qwen3Model
 
 from lastrerank import Reranker
 from lastrerank.config import ModelConfig
+from lastrerank.families.listwise import PROMPT as LISTWISE
 from lastrerank.packing import pack
-from lastrerank.random_checkpoint import small_tokenizer, write_random_checkpoint
+from lastrerank.prompt import PieceEncoder
+from lastrerank.random_checkpoint import CONTROL_TOKENS, small_tokenizer, write_random_checkpoint
 from lastrerank.request import RerankRequest
 
 ODD = [
@@ -256,6 +259,53 @@ def test_added_tokens_that_the_tokenizer_does_not_have(copy):
     limits = {"model_max_length": 4096, "added_tokens_decoder": {"7": {"content": "<|new|>"}}}
     (copy / "tokenizer_config.json").write_text(json.dumps(limits))
     refused(copy, "added_tokens_decoder has '<|new|>' as 7, tokenizer.json as None".replace("|", r"\|"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split_special_tokens": True}, "split_special_tokens is true"),
+        ({"additional_special_tokens": ["<|new|>"]}, r"additional_special_tokens has '<\|new\|>', which"),
+        ({"extra_special_tokens": {"image": "<|new|>"}}, r"extra_special_tokens has '<\|new\|>', which tokenizer.json"),
+        ({"add_prefix_space": True}, "add_prefix_space is true, but tokenizer.json puts no space"),
+        ({"split_special_tokens": False, "additional_special_tokens": ["<|im_end|>"], "add_prefix_space": False}, None),
+    ],
+)  # fmt: skip
+def test_what_makes_other_ids_in_transformers_is_refused(copy, change, message):
+    (copy / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 4096} | change))
+    if message is None:
+        Reranker.from_pretrained(copy)
+    else:
+        refused(copy, message)
+
+
+@pytest.mark.parametrize("way", ["lstrip", "rstrip", "single_word"])
+def test_an_added_token_that_eats_what_stands_beside_it_in_the_configuration_alone(copy, way):
+    number = str(json.loads((copy / "tokenizer.json").read_text())["added_tokens"][0]["id"])
+    content = json.loads((copy / "tokenizer.json").read_text())["added_tokens"][0]["content"]
+    added = {"model_max_length": 4096, "added_tokens_decoder": {number: {"content": content, way: True}}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(added))
+    refused(copy, f"{way} of .* is true")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_tokenizer_whose_texts_differ_behind_a_control_token(scheme):
+    """Metaspace that marks the first word alone, as newer files of Llama have it."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.train_from_iterator([*LISTWISE.texts()] * 3, trainers.BpeTrainer(vocab_size=600, show_progress=False))
+    tokenizer.add_special_tokens(list(CONTROL_TOKENS))
+    if scheme == "always":
+        PieceEncoder(tokenizer, LISTWISE.texts())
+        return
+    with pytest.raises(ValueError, match="a text behind a control token has other ids than by itself"):
+        PieceEncoder(tokenizer, LISTWISE.texts())
+
+
+def test_a_name_that_is_empty_is_not_the_current_folder(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    with pytest.raises(ValueError, match="id_or_path is ''"):
+        Reranker.from_pretrained("")
 
 
 @pytest.mark.parametrize("value", ["8192", [], {}, True, 0, -1, float("nan"), 1.5], ids=str)

@@ -49,7 +49,7 @@ def states():
     yield "anomaly detection", torch.autograd.detect_anomaly
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float64", "autocast", "products"])
+@pytest.mark.parametrize("name", ["bfloat16", "float64", "autocast", "products", "default device"])
 def test_state_set_elsewhere_while_loading_changes_nothing(tmp_path, name):
     """int8's weights are rotated back, an adapter's product is added, a head's rows are subtracted while loading."""
     from lastrerank.adapters import write_adapter

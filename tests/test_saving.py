@@ -321,13 +321,27 @@ def test_what_a_killed_save_has_left_is_given_back(small, tmp_path):
     shutil.copytree(small, target)
     left = tmp_path / ".target.1-abcdef01.partial"
     shutil.copytree(small, left)
+    another = tmp_path / ".target.v2.1-abcdef01.partial"  # of a folder whose name begins like this one's
+    shutil.copytree(left, another)
+    (another / "theirs.txt").write_text("theirs")
     (left / "runs").mkdir()
     (left / "notes.txt").write_text("mine")
     load(small).save_pretrained(target)
     assert (target / "runs").is_dir() and (target / "notes.txt").read_text() == "mine"
     os.utime(left, (0, 0))
     load(small).save_pretrained(target)
-    assert not left.exists()
+    assert not left.exists() and (another / "theirs.txt").exists() and not (target / "theirs.txt").exists()
+
+
+def test_what_a_dtype_cannot_hold_is_not_saved(small, tmp_path):
+    shutil.copytree(small, tmp_path / "large")
+    state = load_file(tmp_path / "large" / "model.safetensors")
+    table = state["model.embed_tokens.weight"].bfloat16()
+    table[5, 6] = 1e5
+    save_file(state | {"model.embed_tokens.weight": table}, tmp_path / "large" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight has numbers that are too large for float16"):
+        load(tmp_path / "large", backend="reference", dtype="float16").save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_saving_where_the_process_stands(small, tmp_path, monkeypatch):

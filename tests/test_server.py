@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import msgspec
@@ -19,7 +20,7 @@ import torch
 from bench.serving import serving
 from lastrerank import Reranker
 from lastrerank.engine import Engine
-from lastrerank.server import Limits, create_app
+from lastrerank.server import Limits, create_app, dialects, limits
 from lastrerank.server.openapi import RerankAnswer, kinds
 
 QUERY = "how do I print"
@@ -563,3 +564,12 @@ def test_a_family_of_pairs(pairs, documents):
             assert refused.status_code == 422 and f"{next(iter(option))} is" in refused.json()["error"]["message"]
         refused = client.post("/v1/rerank", body | {"activation": True, "use_activation": False})
         assert refused.status_code == 422 and "contradict each other" in refused.text
+
+
+def test_every_field_is_documented():
+    text = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
+    for body in (dialects.RerankBody, dialects.ScoreBody, dialects.RankingBody):
+        for name in body.__struct_fields__:
+            assert f"`{name}`" in text, (body.__name__, name)
+    for path in limits.OPEN:
+        assert f"`{path}`" in text, path

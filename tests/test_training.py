@@ -170,7 +170,7 @@ def test_lists_are_as_long_as_drawn(toy):
 
 def test_documents_are_cut_at_a_drawn_number_in_half_of_the_lists(toy):
     folder, _, _ = toy
-    documents = ["expert " * 60 for _ in range(2)]
+    documents = ["expert " * 60, "expert " * 61]
     rows = [ListRow("expert", 0, (1,), None, "all")]
     drawer = trainer((folder, documents, rows), doc_tokens=50, doc_tokens_least=5, lists_per_step=200).drawer
     lengths = Counter(len(drawn.block) for drawn in drawer[0])
@@ -180,21 +180,24 @@ def test_documents_are_cut_at_a_drawn_number_in_half_of_the_lists(toy):
     assert sum(count for length, count in lengths.items() if longest - length > 60) > 30  # short ones as often
 
 
-def test_a_label_has_its_share_whatever_the_list():
+def test_a_label_has_its_share_whatever_the_list(toy):
     logits = [1.0, 3.0, 2.0, -1.0]
-    shares = np.exp(labelled(logits, 0.65))
+    shares = np.exp(labelled(logits, 0.65, 2))
     plain = np.exp(logits) / np.exp(logits).sum()
-    np.testing.assert_allclose(shares, 0.35 * plain + [0.65, 0, 0, 0], rtol=1e-12)
-    assert labelled(logits, 0.0) == logits
+    np.testing.assert_allclose(shares, 0.35 * plain + [0, 0, 0.65, 0], rtol=1e-12)
+    assert labelled(logits, 0.0, 2) == logits
     documents = [f"text {i}" for i in range(40)]
-    rows = [ListRow("q", i, tuple(j for j in range(20) if j != i), (0.0,) * 20, "all", label=0.4) for i in range(20)]
-    data = TrainingData(documents, rows)
-    for hard in (1, 5, 19):
-        example = data.draw(0, 3, hard, 0)
-        shares = np.exp(example.teacher)
-        count = len(example.documents)
-        assert count == hard + 1 and shares[example.positive] == pytest.approx(0.4 + 0.6 / count)
-        assert shares.sum() == pytest.approx(1)
+    rows = [ListRow(f"q{i}", i, tuple(j for j in range(20) if j != i), (0.0,) * 20, "p", label=0.4) for i in range(20)]
+    for most in (0, 40):
+        sizes = set()
+        for hard in (1, 5, 19):
+            settings = dict(hard=hard, easy=0, easy_start=0.0, list_tokens=most, distill=1.0)
+            for drawn in trainer((toy[0], documents, rows), **settings).drawer[3]:
+                shares = np.exp(drawn.teacher)
+                sizes.add(len(shares))
+                assert shares[drawn.positive] == pytest.approx(0.4 + 0.6 / len(shares))
+                assert shares.sum() == pytest.approx(1)
+        assert (sizes == {2, 6, 20}) if not most else (1 < max(sizes) < 20), sizes
 
 
 def test_lists_are_as_short_as_asked_for(toy):
@@ -446,7 +449,7 @@ def test_the_models_own_negatives(toy, pairs, tmp_path):
 def test_bad_pairs_are_named(tmp_path):
     (tmp_path / "documents.jsonl").write_text('{"id": 1, "text": "x"}\n')
     (tmp_path / "pairs.jsonl").write_text('{"query": "q", "positive": 1}\n{"query": "q", "positive": 2}\n')
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: expected a query and the id of a known document"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: positive: 2 is no known document's id"):
         mine_folder(tmp_path, tmp_path / "out")
 
 
@@ -475,6 +478,58 @@ def test_a_querys_other_answers_are_no_negatives():
     assert any({"1", "2"} <= set(example.documents) for example in drawn if example.query != "q")
 
 
+def test_what_has_an_answers_text_is_no_negative():
+    documents = ["same", "other", "same", "more", "last"]
+    rows = [ListRow("q", 0, (2, 3), (2.0, 1.0, 0.0), "p"), ListRow("q", 3, (1, 0), None, "p"),
+            ListRow("r", 4, (), None, "p"), ListRow("s", 2, (), None, "p")]  # fmt: skip
+    data = TrainingData(documents, rows)
+    for number in range(200):
+        drawn = data.draw(0, number, 2, 3)
+        if drawn.query == "q":
+            assert not {"same", "more"} & set(drawn.documents) - {drawn.documents[drawn.positive]}
+        assert len(set(drawn.documents)) == len(drawn.documents)
+
+
+def test_negatives_come_from_the_pool_or_from_every_document(caplog):
+    documents = ["answer one", "answer two", "nobody's answer", "another answer"]
+    for pool, expected in (("all", {0, 1, 2, 3}), ("named", {0, 1})):
+        data = TrainingData(documents, [ListRow("q", 0, (), None, pool), ListRow("r", 1, (), None, pool)])
+        drawn = {text for n in range(50) for text in data.draw(0, n, 0, 3).documents}
+        assert drawn == {documents[i] for i in expected}
+        mined = mine_lists(documents, [Pair("answer", 0, pool), Pair("one", 1, pool)], depth=5)
+        assert set(mined[0]["negatives"]) == expected - {0}
+    answers = [Pair("apple", i, "all") for i in range(60)]
+    mined = mine_lists(["apple " * 5] * 60 + [f"apple number {i}" for i in range(10)], answers, depth=5)
+    assert all(len(row["negatives"]) == 5 for row in mined)
+    alone = ListRow("q", 0, (), None, "p")
+    with pytest.raises(ValueError, match="1 of 1 lists can have no negative, the first of query 'q' in pool 'p'"):
+        TrainingData(documents, [alone])
+    assert TrainingData(documents, [alone, ListRow("r", 1, (), None, "all")]).rows == [ListRow("r", 1, (), None, "all")]
+    assert "1 of 2 lists can have no negative" in caplog.text and "they are left out" in caplog.text
+    rows = [ListRow("q", 0, (1,), None, "en"), ListRow("r", 1, (0,), None, "de")]
+    for weights, message in (({"german": 1.0}, "'german', expected of"), ({"en": -1.0}, "'en' has -1.0")):
+        with pytest.raises(ValueError, match=message):
+            TrainingData(documents, rows, weights)
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"query": 5}, "query is 5"), ({"positive": True}, "positive: True"), ({"positive": [1]}, r"positive: \[1\]"),
+        ({"negatives": "2"}, "negatives is '2'"), ({"negatives": [3]}, "negatives: 3 is no known"),
+        ({"teacher": ["a", 1]}, r"teacher is \['a', 1\]"), ({"teacher": [float("nan"), 1]}, "teacher is .nan"),
+        ({"teacher": [1.0]}, "teacher has 1 logits for 2"), ({"pool": ["x"]}, r"pool is \['x'\]"),
+        ({"renamed": "false"}, "renamed is 'false'"), ({"label": "0.5"}, "label is 0.5"),
+    ],
+)  # fmt: skip
+def test_bad_lists_are_named(tmp_path, lists, message):
+    row = {"query": "q", "positive": 1, "negatives": [2], "teacher": [1.0, 0.0], "label": 0.5} | lists
+    (tmp_path / "documents.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 2, "text": "b"}\n')
+    (tmp_path / "lists.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"lists\.jsonl:1: {message}"):
+        read_training_data(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("documents", "lists", "message"),
     [
@@ -499,6 +554,11 @@ def test_augmenting_keeps_some_of_the_text():
     copies = {augmented("One here. Two there. Three.", rng) for _ in range(20)}
     assert len(copies) > 3 and all(copies)
     assert augmented("", rng) == ""
+    whole = "Version 3.14 of www.example.com is out. Get it now."
+    assert all("3.14" in copy and "www.example.com" in copy for copy in (augmented(whole, rng) for _ in range(9))
+               if "Version" in copy)  # fmt: skip
+    assert {augmented("没有空格的一句话没有标点", rng) for _ in range(9)} != {"没有空格的一句话没有标点"}
+    assert " " not in augmented("第一句话。第二句话！第三句话？", rng)
 
 
 def test_mining_and_reading_back(tmp_path):
@@ -516,7 +576,7 @@ def test_mining_and_reading_back(tmp_path):
     data = read_training_data(tmp_path)
     assert [row.query for row in data.rows] == [pair.query for pair in pairs]
     (tmp_path / "lists.jsonl").write_text('{"query": "q", "positive": 99, "negatives": []}\n')
-    with pytest.raises(ValueError, match=r"lists\.jsonl:1: expected query"):
+    with pytest.raises(ValueError, match=r"lists\.jsonl:1: positive: 99 is no known document's id"):
         read_training_data(tmp_path)
 
 
@@ -562,6 +622,60 @@ def test_a_training_goes_on_from_nothing_else(toy, pairs, tmp_path, caplog):
     with pytest.raises(ValueError, match="training with another data"):
         run_training(toy[0] / "start", folder, output, config, every=1, progress=False)
     assert (output / "last" / "model.safetensors").read_bytes() == before
+
+
+def test_arguments_of_a_training_are_checked_at_once(toy, pairs, tmp_path):
+    folder, dev = pairs
+    shutil.copytree(dev, tmp_path / "b" / "dev-set")
+    for options, message in (
+        ({"every": 0}, "every is 0"), ({"dev_queries": 0}, "dev_queries is 0"),
+        ({"patience": 0, "dev": [dev]}, "patience is 0"), ({"patience": 2}, "there is no dev set to look at"),
+        ({"dev": [dev, tmp_path / "b" / "dev-set"]}, "dev has folders of one name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.train(toy[0] / "start", folder, tmp_path / "out", TrainingConfig(steps=1), **options)
+    for bad in ({"lists_per_step": 0}, {"doc_tokens": 0}, {"warmup": 5.0}, {"temperature": (0.2, 0.0)},
+                {"hard": 0, "easy": 0}, {"easy_start": 2.0}):  # fmt: skip
+        with pytest.raises(ValueError, match=r" is | are 0"):
+            trainer(toy, **bad)
+
+
+def test_lists_that_are_mined_otherwise_are_other_data(toy, pairs, tmp_path, monkeypatch):
+    folder, _ = pairs
+    config = TrainingConfig(steps=2, lists_per_step=1, hard=1, easy=1)
+    run.train(toy[0] / "start", folder, tmp_path / "out", config)
+    mine = run.mine_lists
+    monkeypatch.setattr(run, "mine_lists", lambda *a, **k: [row | {"negatives": []} for row in mine(*a, **k)])
+    with pytest.raises(ValueError, match="another mined"):
+        run.train(toy[0] / "start", folder, tmp_path / "out", config)
+
+
+def test_a_log_that_lost_the_best_is_refused(toy, pairs, tmp_path):
+    folder, dev = pairs
+    lists, config = mine_folder(folder, tmp_path / "lists"), TrainingConfig(steps=4, lists_per_step=1, hard=1, easy=1)
+    run.train(toy[0] / "start", lists, tmp_path / "out", config, dev=[dev], every=2)
+    log = tmp_path / "out" / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[-1:]))
+    with pytest.raises(ValueError, match=r"log\.jsonl has 0 of the 4 steps"):
+        run.train(toy[0] / "start", lists, tmp_path / "out", config, dev=[dev], every=2)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_process_has_set_changes_no_training(toy, rank):
+    def weights():
+        training = trainer(toy, steps=2, lora_rank=rank)
+        training.train(io.StringIO())
+        return training.merged()
+
+    expected = weights()
+    for state in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(False)):
+        with state:
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in weights().items())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights().items())
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_resumed_training_says_so(toy, pairs, tmp_path, caplog):

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_beir(
         fields = line.split("\t")
         if number == 0 and len(fields) == 3 and not re.fullmatch(r"[-+.\deE]+", fields[2]):
             continue  # a header
-        if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+        if len(fields) != 3 or not re.fullmatch(r"-?[0-9]+", fields[2]):
             raise ValueError(f"{path}:{number + 1}: expected 'query-id<TAB>corpus-id<TAB>score', got {line!r:.80}")
         if fields[1] not in documents:
             raise ValueError(f"{path}:{number + 1}: document {fields[1]!r} is not in the corpus")
@@ -87,7 +88,10 @@ def read_beir(
         raise ValueError(f"max_queries is {max_queries}, expected 1 or more")
     if max_queries is not None and max_queries < len(judged):
         judged = sorted(random.Random(seed).sample(judged, max_queries), key=judged.index)
-    name = root.name if query_folder is None else f"{query_root.name}>{root.name}"
+    if not qrels:
+        raise ValueError(f"{path}: nothing is judged there")
+    name, query_name = (folder.resolve().name for folder in (root, query_root))
+    name = name if query_folder is None else f"{query_name}>{name}"
     return BeirDataset(name, split, documents, {q: texts[q] for q in judged}, {q: qrels[q] for q in judged})
 
 
@@ -129,7 +133,7 @@ def json_lines(folder: Path, stem: str) -> Iterator[tuple[str, dict[str, Any]]]:
                             if not isinstance(row, dict):
                                 raise ValueError("no object")
                             yield f"{path}:{number}", row
-                except (ValueError, RecursionError, EOFError, OSError) as error:
+                except (ValueError, RecursionError, EOFError, OSError, zlib.error) as error:
                     raise ValueError(f"{path}:{number}: {error}") from error
             return
     raise ValueError(f"{folder}: neither {stem}.jsonl nor {stem}.jsonl.gz is there")

@@ -15,7 +15,7 @@ from typing import Any
 from lastrerank.evaluation.beir import BeirDataset
 from lastrerank.evaluation.contenders import PEERS, Contender
 from lastrerank.evaluation.report import GREYS, SHADES, first_stage, pyplot, rerank_and_score
-from lastrerank.evaluation.run import Ranking
+from lastrerank.evaluation.run import Ranking, check_order
 from lastrerank.kept import read_records, write_file
 
 # nDCG@10 as the papers and cards give it, beside what is measured: means over whole benchmarks, each by its author's
@@ -66,6 +66,8 @@ def compare(
     rows: list[dict[str, Any]] = []
     each: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     # Once for all models, and before the first is loaded; of the documents those that are candidates.
+    for order in options.get("orders", ()):
+        check_order(order)
     ranking = {name: options.pop(name) for name in ("orders", "max_doc_length", "progress") if name in options}
     settings, searched = first_stage(folders, **options)
     judged = [(_of_candidates(dataset, candidates), candidates) for dataset, candidates in searched]

@@ -99,7 +99,7 @@ class CrossEncoderPeer:
         self.parameters = sum(parameter.numel() for parameter in module.parameters())
         self._dtype = str(next(module.parameters()).dtype)
         settings = [str(getattr(self._model, n, None)) for n in ("max_length", "activation_fn", "prompts")]
-        self._digest = _digest(module.state_dict(), _tokenizer(self._model), *settings)
+        self._digest = _digest(module, _tokenizer(self._model), *settings)
 
     def identity(self) -> dict[str, Any]:
         """See `Contender`."""
@@ -155,7 +155,7 @@ class LateInteractionPeer:
         names = ("query_length", "document_length", "query_prefix", "document_prefix", "do_query_expansion",
                  "attend_to_expansion_tokens", "skiplist_words", "prompts")  # fmt: skip
         settings = [str(getattr(self._model, n, None)) for n in names]
-        self._digest = _digest(self._model.state_dict(), _tokenizer(self._model), *settings)
+        self._digest = _digest(self._model, _tokenizer(self._model), *settings)
 
     def identity(self) -> dict[str, Any]:
         """See `Contender`."""
@@ -234,10 +234,12 @@ def _refuse_cap(name: str, max_doc_length: int | None) -> None:
         raise ValueError(f"max_doc_length is {max_doc_length}: {name} cuts by its own tokenizer, not by a cap in ours")
 
 
-def _digest(state: Mapping[str, Any], *settings: str) -> str:
-    """SHA-256 of a model's tensors, and of what else makes its scores what they are."""
+def _digest(module: torch.nn.Module, *settings: str) -> str:
+    """SHA-256 of a model's tensors and configurations, and of what else makes its scores what they are."""
+    configurations: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+    settings += tuple(one.to_json_string() for one in configurations if hasattr(one, "to_json_string"))
     total = hashlib.sha256(repr(settings).encode())
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(module.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(raw.numpy().data)

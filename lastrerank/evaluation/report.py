@@ -14,6 +14,7 @@ from lastrerank.evaluation.run import (
     METRICS,
     Ranking,
     bm25_candidates,
+    check_order,
     evaluate_ranking,
     ordered,
     read_trec_run,
@@ -37,6 +38,9 @@ def first_stage(
     `evaluate`."""
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1")
+    names = [Path(folder).resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"folders are {list(map(str, folders))}: two of one name, by which results are kept")
 
     def searched() -> Iterator[tuple[BeirDataset, Ranking]]:
         for folder in folders:
@@ -105,6 +109,8 @@ def rerank_and_score(
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """What `evaluate` does with what `first_stage` gives."""
+    for order in orders:
+        check_order(order)
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     settings = {**model.identity(), **settings}

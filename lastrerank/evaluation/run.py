@@ -34,13 +34,27 @@ METRICS = ("nDCG@10", "RR@10", "AP", "R@10", "R@100")
 
 
 def bm25_candidates(dataset: BeirDataset, depth: int) -> Ranking:
-    """The `depth` best documents of every query by BM25; a query that shares no token with any has none."""
-    found = Bm25(dataset.documents).top(dataset.queries.values(), depth)
-    return {query: [name for name, _ in top] for query, top in zip(dataset.queries, found, strict=True)}
+    """The `depth` best documents of every query by BM25, but for the query itself; a query that shares no token with
+    any has none."""
+    found = Bm25(dataset.documents).top(dataset.queries.values(), depth + 1)
+    return {
+        query: [name for name, _ in top if not is_itself(dataset, query, name)][:depth]
+        for query, top in zip(dataset.queries, found, strict=True)
+    }
+
+
+def is_itself(dataset: BeirDataset, query: str, document: str) -> bool:
+    """Whether a document is the query: where queries are documents (ArguAna), it has the query's id and its text.
+    BEIR's evaluation leaves such ones out; it goes by ids alone, which elsewhere may be equal by chance."""
+    if query != document or document not in dataset.documents:
+        return False
+    ours, theirs = (" ".join(text.split()) for text in (dataset.queries[query], dataset.documents[document]))
+    return ours in theirs
 
 
 def read_trec_run(path: str | os.PathLike[str], dataset: BeirDataset, depth: int) -> Ranking:
-    """Candidates from a TREC run file: `query Q0 document rank score tag`, ordered by score.
+    """Candidates from a TREC run file: `query Q0 document rank score tag`, by score, of equal ones the document whose
+    id is the last first, as trec_eval has them; the query itself is left out (see `is_itself`).
 
     Raises:
         ValueError: a line is malformed, names an unknown document, or no query of the dataset is in the file.
@@ -65,15 +79,22 @@ def read_trec_run(path: str | os.PathLike[str], dataset: BeirDataset, depth: int
     if not found.keys() & dataset.queries.keys():
         raise ValueError(f"{path}: none of the {len(dataset.queries)} queries is in it")
     return {
-        query: [name for _, name in sorted(found.get(query, []), key=lambda x: -x[0])[:depth]]
+        query: [
+            name for _, name in sorted(found.get(query, []), reverse=True) if not is_itself(dataset, query, name)
+        ][:depth]
         for query in dataset.queries
     }
 
 
-def ordered(candidates: Ranking, order: str, seed: int = 0) -> Ranking:
-    """The candidates as the reranker gets to see them: the first stage's order, its reverse, or a seeded shuffle."""
+def check_order(order: str) -> None:
+    """Raises ValueError if it is none of `ORDERS`."""
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}, expected one of {ORDERS}")
+
+
+def ordered(candidates: Ranking, order: str, seed: int = 0) -> Ranking:
+    """The candidates as the reranker gets to see them: the first stage's order, its reverse, or a seeded shuffle."""
+    check_order(order)
     if order == "random":
         return {q: random.Random(f"{seed}/{q}").sample(names, len(names)) for q, names in candidates.items()}
     return {q: names[::-1] if order == "ascending" else names for q, names in candidates.items()}
@@ -113,6 +134,9 @@ def rerank_run(
     """
     target = Path(path)
     contender = Own(model) if isinstance(model, Reranker) else model
+    for query, text in dataset.queries.items():
+        if not text:
+            raise ValueError(f"{dataset.name}: query {query!r:.80} is empty")
     own = {**settings, **contender.identity(), "max_doc_length": max_doc_length or contender.max_doc_length}
     inputs = {
         q: digest(dataset.queries[q], [[d, dataset.documents[d]] for d in names])[:16]
@@ -188,5 +212,7 @@ def evaluate_ranking(dataset: BeirDataset, ranking: Ranking) -> tuple[dict[str, 
     each: dict[str, dict[str, float]] = {query: dict.fromkeys(METRICS, 0.0) for query in dataset.queries}
     for value in ir_measures.iter_calc(list(measures), qrels, run):
         each[value.query_id][measures[value.measure]] = value.value
+    if not each:
+        raise ValueError(f"{dataset.name}: no query of split {dataset.split!r} is judged")
     means = {name: sum(values[name] for values in each.values()) / len(each) for name in METRICS}
     return means, each

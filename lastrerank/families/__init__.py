@@ -11,12 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from lastrerank.families.family import Cosine, Family, Logit, repository_name
 from lastrerank.families.listwise import LISTWISE, LISTWISE_GGUF
 from lastrerank.families.pointwise import CTXL_RERANK_V2, MXBAI_RERANK_V2, QWEN3_RERANKER, ZERANK
+from lastrerank.pairs import PairPrompt
 
 __all__ = [
-    "ALIASES", "FAMILIES", "PROMPT_FILES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named", "recognise",
+    "ALIASES", "FAMILIES", "MODULES", "PROMPT_FILES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named",
+    "recognise",
 ]  # fmt: skip
 
 FAMILIES = {
@@ -37,8 +41,9 @@ ALIASES = {
 _TEMPLATES = {"transformers": LISTWISE, "gguf": LISTWISE_GGUF}
 # Which logits sentence-transformers reads.
 SENTENCE_TRANSFORMERS = "1_LogitScore/config.json"
-# Where its prompts and templates are.
-PROMPT_FILES = ("config_sentence_transformers.json", "chat_template.jinja", "tokenizer_config.json")
+# Where its prompts and templates are, and what is done beside reading logits.
+_PROMPTS, MODULES = "config_sentence_transformers.json", "modules.json"
+PROMPT_FILES = (_PROMPTS, "chat_template.jinja", "tokenizer_config.json")
 
 
 def named(name: object, of: str = "family") -> Family:
@@ -60,16 +65,19 @@ def recognise(
     raw: Mapping[str, Any],
     has_projector: Callable[[], bool],
     read_json: Callable[[Path], Mapping[str, Any]],
+    tokenizer: Tokenizer,
 ) -> Family:
     """The family of a checkpoint, by the first of these that says one: the `lastrerank` object of its configuration; a
     projector, or the architecture that has one; the repository's name; sentence-transformers' file of the logits that
-    are read, where a prompt is kept beside it that is the family's. What contradicts another is refused.
+    are read, where a prompt is kept beside it that is the family's. What contradicts another is refused; where those
+    files alone say it, so is what they have otherwise than the family.
 
     Args:
         name: a Hub id, or the folder's name.
         raw: the parsed `config.json`.
         has_projector: whether there is one among the tensors; looked at where nothing is said before.
         read_json: reads a file of the folder.
+        tokenizer: the checkpoint's.
 
     Raises:
         ValueError: none of them says one, or two say different ones.
@@ -94,13 +102,15 @@ def recognise(
             found["its name"] = family
     if (folder / SENTENCE_TRANSFORMERS).exists():
         ids = _logits(folder, read_json)
-        known = next((family for family in FAMILIES.values() if family.token_ids == ids), None)
+        known = next((family for family in FAMILIES.values() if _reads(family, tokenizer) == ids), None)
         if known is not None and ("its name" in found or _has_prompt(folder, known)):
+            if "its name" not in found:  # a public checkpoint's contract is known
+                _check_sentence_transformers(folder, known, read_json)
             found[SENTENCE_TRANSFORMERS] = known
         elif known is None:
             raise ValueError(
-                f"{folder / SENTENCE_TRANSFORMERS}: true_token_id and false_token_id are {ids}, those of no family "
-                f"that is known: expected one of {list(FAMILIES)}; name it by family="
+                f"{folder / SENTENCE_TRANSFORMERS}: true_token_id and false_token_id are {ids}, in this tokenizer "
+                f"those of no family that is known: expected one of {list(FAMILIES)}; name it by family="
             )
     if not found:
         raise ValueError(
@@ -121,6 +131,12 @@ def _only(name: str, found: Mapping[str, Family]) -> Family:
 
 def _logits(folder: Path, read_json: Callable[[Path], Mapping[str, Any]]) -> tuple[int | None, int | None]:
     raw = read_json(folder / SENTENCE_TRANSFORMERS)
+    for name, value in raw.items():
+        if name not in ("true_token_id", "false_token_id") and value is not None:
+            raise ValueError(
+                f"{folder / SENTENCE_TRANSFORMERS}: {name} is {value!r:.80}, a field that lastrerank doesn't know: it "
+                "may change the score; name the family by family= if it doesn't"
+            )
     ids = raw.get("true_token_id"), raw.get("false_token_id")
     if not all(value is None or type(value) is int for value in ids):
         raise ValueError(f"{folder / SENTENCE_TRANSFORMERS}: token ids are {ids}, expected integers or null")
@@ -128,9 +144,38 @@ def _logits(folder: Path, read_json: Callable[[Path], Mapping[str, Any]]) -> tup
 
 
 def _has_prompt(folder: Path, family: Family) -> bool:
-    """Whether one of the files that hold prompts has the family's: the same logits are read by others, too."""
+    """Whether the files that hold prompts have the family's: the same logits are read by others, too."""
     texts = ""
     for name in PROMPT_FILES:
         with suppress(OSError, UnicodeDecodeError):
             texts += (folder / name).read_text(encoding="utf-8")
-    return family.signature is not None and family.signature in texts
+    return bool(family.signature) and all(part in texts for part in family.signature)
+
+
+def _reads(family: Family, tokenizer: Tokenizer) -> tuple[int, int | None] | None:
+    """The ids of the words that a family reads; None if it reads none, or they are no tokens."""
+    with suppress(ValueError):
+        return family.readout.token_ids(tokenizer) if isinstance(family.readout, Logit) else None
+    return None
+
+
+def _check_sentence_transformers(
+    folder: Path, family: Family, read_json: Callable[[Path], Mapping[str, Any]]
+) -> None:
+    """Raises ValueError where its files make another score than the family."""
+    assert isinstance(family.prompt, PairPrompt)
+    if (folder / _PROMPTS).exists():
+        raw = read_json(folder / _PROMPTS)
+        prompts, name = raw.get("prompts"), raw.get("default_prompt_name")
+        prompt = prompts.get(name) if isinstance(prompts, Mapping) and isinstance(name, str) else None
+        known = (family.prompt.default_instruction or "", *family.prompt.texts())
+        if name is not None and not (isinstance(prompt, str) and any(prompt in text for text in known)):
+            raise ValueError(
+                f"{folder / _PROMPTS}: the prompt {name!r:.80} that is its default is {prompt!r:.160}, which is not "
+                f"{family.name!r}'s: name the family by family= and give it as an instruction"
+            )
+    if (folder / MODULES).exists():
+        kinds = re.findall(r'"type"\s*:\s*"([^"]*)"', (folder / MODULES).read_text(encoding="utf-8", errors="replace"))
+        others = [kind for kind in kinds if kind.rpartition(".")[2] not in ("Transformer", "LogitScore")]
+        if others:
+            raise ValueError(f"{folder / MODULES}: {others[0]!r:.80} is a module that lastrerank doesn't have")

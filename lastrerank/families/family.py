@@ -68,9 +68,8 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 class Family:
     """One description of a family of checkpoints: its prompt, and how a score is read and published.
 
-    repositories: pattern of the last part of its Hub ids, and of folders named like them. token_ids: of the words that
-    are read, as `1_LogitScore/config.json` of sentence-transformers has them. signature: a sentence of its prompt that
-    no other's has, by which a prompt is known that is kept beside that file.
+    repositories: pattern of the last part of its Hub ids, and of folders named like them. signature: a sentence
+    of its prompt that no other's has, and its labels, by which a prompt in sentence-transformers' files is known.
 
     Raises:
         ValueError: prompt and readout don't fit.
@@ -80,8 +79,7 @@ class Family:
     prompt: ListPrompt | PairPrompt
     readout: Cosine | Logit
     repositories: str | None = None
-    token_ids: tuple[int, int | None] | None = None
-    signature: str | None = None
+    signature: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, ListPrompt) != isinstance(self.readout, Cosine):

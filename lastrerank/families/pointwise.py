@@ -25,8 +25,10 @@ QWEN3_RERANKER = Family(
     ),
     readout=Logit("yes", "no", activation="sigmoid"),
     repositories=r"Qwen3-Reranker-(0\.6B|4B|8B)",
-    token_ids=(9693, 2152),
-    signature="Judge whether the Document meets the requirements based on the Query and the Instruct provided.",
+    signature=(
+        "Judge whether the Document meets the requirements based on the Query and the Instruct provided.",
+        "<Instruct>:", "<Query>:", "<Document>:",
+    ),
 )
 
 # huggingface.co/mixedbread-ai/mxbai-rerank-base-v2 and large-v2, by the package mxbai-rerank 0.1.6: seven encodings.
@@ -53,8 +55,10 @@ MXBAI_RERANK_V2 = Family(
     ),
     readout=Logit("1", "0"),
     repositories=r"mxbai-rerank-(base|large)-v2",
-    token_ids=(16, 15),
-    signature="You are a search relevance expert who evaluates how well documents match search queries.",
+    signature=(
+        "You are a search relevance expert who evaluates how well documents match search queries.",
+        "query: ", "document: ",
+    ),
 )
 
 # huggingface.co/zeroentropy/zerank-1, zerank-1-small and zerank-2 (also with "-reranker"). The probability is that of
@@ -72,7 +76,6 @@ ZERANK = Family(
     ),
     readout=Logit("Yes", None, scale=0.2, activation="sigmoid"),
     repositories=r"zerank-(1|1-small|2)(-reranker)?",
-    token_ids=(9454, None),
 )  # fmt: skip
 
 # huggingface.co/ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b and 2b. Encoded whole, the document first; the
@@ -86,6 +89,7 @@ CTXL_RERANK_V2 = Family(
     ),
     readout=Logit("!", None),
     repositories=r"ctxl-rerank-v2-instruct-multilingual-[12]b",
-    token_ids=(0, None),
-    signature="Check whether a given document contains information helpful to answer the query.",
+    signature=(
+        "Check whether a given document contains information helpful to answer the query.", "<Document> ", "<Query> ",
+    ),
 )

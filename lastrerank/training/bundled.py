@@ -35,12 +35,13 @@ from tokenizers import Tokenizer
 from lastrerank import saving
 from lastrerank.checkpoint import BUNDLED, open_decoder
 from lastrerank.families.listwise import PROMPT
+from lastrerank.kept import digest, write_file
 from lastrerank.reranker import Reranker
 from lastrerank.training.data import TrainingData, read_pairs, read_training_data, write_lists
 from lastrerank.training.gguf import decoder_from_gguf
 from lastrerank.training.mining import Pair, mine_lists, sample_pairs, sample_texts
 from lastrerank.training.queries import QueryMaker
-from lastrerank.training.run import train
+from lastrerank.training.run import data_digest, train
 from lastrerank.training.trainer import TrainingConfig
 from lastrerank.training.vocabulary import fitted
 
@@ -204,6 +205,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     output: Path = options.output
+    # Of all that is made from DATA by what stands above.
+    settings = [SAMPLE, MADE, ACROSS, LABEL, LABEL_MADE, LABEL_ACROSS, LABEL_RENAMED, SHARPNESS, RENAMED, RENAMED_MADE,
+                KEPT_TOKENS, NEW_TOKENS, CONTEXT, CAPS]  # fmt: skip
+    made, made_of = output / "made_of.json", digest(data_digest(options.data), repr(settings))
+    output.mkdir(parents=True, exist_ok=True)
+    if made.is_file() and json.loads(made.read_text()) != made_of:
+        raise SystemExit(f"{output} is of other data or another recipe: name another output")
+    write_file(made, json.dumps(made_of))
     if not (output / "lists" / "documents.jsonl").is_file():
         sampled_lists(options.data, output / "lists")
     if not (output / "fitted" / "config.json").is_file():

@@ -20,13 +20,13 @@ from lastrerank.families.listwise import GGUF_PROMPT
 from lastrerank.kept import digest
 from lastrerank.lists import ListEncoder, ListPrompt
 from lastrerank.prompt import EncodedBlock
-from lastrerank.training.data import TrainingData, TrainingList
+from lastrerank.training.data import TrainingData, TrainingList, labelled
 
 if TYPE_CHECKING:
     from lastrerank.training.trainer import TrainingConfig
 
 # Of the rules by which a step's lists are drawn: a training goes on by the ones that it began with, or not at all.
-DRAWING = 2
+DRAWING = 3
 # Random documents more in a crowded list.
 CROWD = (30, 100)
 # Processes that draw for a GPU, and steps that each of them is ahead.
@@ -38,7 +38,7 @@ class DrawnList:
     """A list as a step reads it.
 
     block: its prompt; dual: with the query early, too, whose row is read as if it were the first document's.
-    positive, teacher, copy_of: as of `TrainingList`.
+    positive, copy_of: as of `TrainingList`. teacher: logits of the teacher's distribution, the label's share in it.
     """
 
     block: EncodedBlock
@@ -65,8 +65,7 @@ class ListDrawer(Dataset[list[DrawnList]]):
         self._vocabulary = tokenizer.get_vocab_size()
         # Ids that no renamed text has or loses: the template's, numbers, what isn't text.
         template = self._block(TrainingList("", ("",) * 100, 0), False, 1).ids
-        special = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-        self._fixed = np.union1d(template, special)
+        self._fixed = np.union1d(template, list(tokenizer.get_added_tokens_decoder()))
 
     def __getitem__(self, step: int) -> list[DrawnList]:
         config = self.config
@@ -93,7 +92,9 @@ class ListDrawer(Dataset[list[DrawnList]]):
                 example = self._shorter(example, cap)
             dual = config.dual > 0 and number % 2 == 0
             block = self._block(example, dual, cap)
-            drawn.append(DrawnList(block, dual, example.positive, example.teacher, example.copy_of))
+            # Of the documents that are left: the label's share is the same, whatever the list.
+            teacher = example.teacher and tuple(labelled(example.teacher, example.label, example.positive))
+            drawn.append(DrawnList(block, dual, example.positive, teacher, example.copy_of))
         return drawn
 
     def ahead(self, first: int, last: int, workers: int) -> Iterator[list[DrawnList]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,7 @@ def disperse_loss(docs: torch.Tensor, t: float) -> torch.Tensor:
     """`log(1/K sum_{i<j} exp(s(d_i, d_j) / t))` over all pairs of the N = K + 1 documents `[N, P]`; N >= 2."""
     count = len(docs)
     i, j = torch.triu_indices(count, count, offset=1, device=docs.device)
-    return torch.logsumexp(cosine(docs, docs)[i, j] / t, 0) - torch.log(torch.tensor(count - 1.0))
+    return torch.logsumexp(cosine(docs, docs)[i, j] / t, 0) - math.log(count - 1)
 
 
 def similar_loss(docs: torch.Tensor, copies: torch.Tensor, t: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from lastrerank.evaluation.first_stage import Bm25
 from lastrerank.progress import Progress
 from lastrerank.request import RerankRequest
 from lastrerank.reranker import Reranker
+from lastrerank.training.data import EVERY
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def mine_lists(
 
     Args:
         documents: texts.
-        pairs: of all pools; a pool's documents are its pairs' positives.
+        pairs: of all pools; a pool's documents are its pairs' positives, of the one without a name (`EVERY`) all.
         depth: negatives kept.
         teacher: (pair, [positive, *negatives], BM25 scores as a share of the best) -> a logit for each.
         progress: as in `Reranker.rerank`.
@@ -99,12 +100,14 @@ def mine_lists(
     rows = []
     with Progress("mining", "queries", progress, len(pairs)) as bar:
         for pool, members in pools.items():
-            ids = sorted({pair.positive for pair in members})
+            ids = list(range(len(documents))) if pool == EVERY else sorted({pair.positive for pair in members})
             index = Bm25({str(i): documents[i] for i in ids})
             answers: dict[str, set[int]] = defaultdict(set)
             for pair in members:
                 answers[pair.query].add(pair.positive)
-            for pair, found in zip(members, index.top((p.query for p in members), depth + 10), strict=True):
+            # Answers are left out, and so is what has an answer's text.
+            most = depth + 10 + max(map(len, answers.values()))
+            for pair, found in zip(members, index.top((p.query for p in members), most), strict=True):
                 bar.advance(1)
                 best = found[0][1] if found else 1.0
                 share = {int(i): score / best for i, score in found}

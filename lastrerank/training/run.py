@@ -61,16 +61,21 @@ def train(
         weights: relative frequency of each pool of lists.
         dev: BEIR-format folders with a `dev` split, scored at the start and every `every` steps.
         dev_queries: a seeded sample of as many queries a set; documents are cut as in training.
-        patience: stop after this many looks at dev since the best.
+        patience: stop after this many looks at dev since the best; only with dev sets.
         device: torch device.
 
     Returns:
         The last line of the log: step, and with dev sets their nDCG@10 and the best mean so far.
 
     Raises:
-        ValueError: data are malformed, or `output` holds a training from another start, by another recipe or on other
-            data, is in use, or is damaged.
+        ValueError: an argument is none that can be, data are malformed, or `output` holds a training from another
+            start, by another recipe or on other data, is in use, or is damaged.
     """
+    for name, value in (("every", every), ("dev_queries", dev_queries), ("patience", patience)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+    if patience is not None and not dev:
+        raise ValueError(f"patience is {patience}, but there is no dev set to look at")
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     with locked(target / "train", "this training's folder"):
@@ -100,16 +105,20 @@ def _train(
     elif layers is not None:
         raise ValueError(f"layers is {layers}: {start} is no plain decoder, all of its layers are trained")
     begin = None if plain else open_checkpoint(start)
+    names = [Path(folder).resolve().name for folder in dev]
+    if len(set(names)) < len(names):
+        raise ValueError(f"dev has folders of one name ({names}): scores are kept by it")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
     # What the weights at a step depend on, beside the recipe.
     identity: dict[str, Any] = {
         "start": decoder_digest(start, layers) if begin is None else begin.digest(),
-        "data": _data_digest(data), "weights": dict(weights) if weights else None,
+        "data": data_digest(data), "weights": dict(weights) if weights else None,
         "dev": [digest(s.dataset.name, s.dataset.queries, s.dataset.qrels, s.dataset.documents) for s in sets],
     }  # fmt: skip
     lists = data
     if not any((lists / f"lists.jsonl{suffix}").is_file() for suffix in ("", ".gz")):
         lists = mine_folder(data, target / "lists", progress=progress)
+        identity["mined"] = data_digest(lists)
     training_data = read_training_data(lists, dict(weights) if weights else None)
     state, log_path = target / "state.pt", target / "log.jsonl"
     if begin is None:
@@ -124,6 +133,10 @@ def _train(
     if state.is_file():
         trainer.load_state(state)
         records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
+        steps = sum("grad_norm" in row for row in records)
+        if steps != trainer.step:
+            raise ValueError(f"{log_path} has {steps} of the {trainer.step} steps that {state} has made, so the best "
+                             "so far isn't known: put it back, or name another output")  # fmt: skip
         logger.warning("%s: going on from step %d of %d", target, trainer.step, config.steps)
     write_records(log_path, records)
     write_file(target / "recipe.json", json.dumps(asdict(config), indent=1) + "\n")
@@ -143,6 +156,7 @@ def _train(
                     trainer.save_checkpoint(target / "best")
                     if config.lora_rank:
                         trainer.save_adapter(target / "best-adapter")
+            os.fsync(log.fileno())  # a state without its log would not know the best
             trainer.save_state(state)
             plot(_read_log(log_path), target / "progress.png")
 
@@ -170,7 +184,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _data_digest(folder: Path) -> str:
+def data_digest(folder: Path) -> str:
     """Of every file that training reads there."""
     stems = ("lists.jsonl", "pairs.jsonl", "documents.jsonl")
     names = [stem + suffix for stem in stems for suffix in ("", ".gz")]
@@ -220,11 +234,7 @@ def mine_folder(
         ValueError: a file is missing or malformed.
     """
     documents, rows = read_pairs(pairs)
-    known = [
-        Pair(row["query"], row["positive"],
-             row.get("pool") or "/".join(filter(None, (row.get("source"), row.get("lang")))) or "all")
-        for row in rows
-    ]  # fmt: skip
+    known = [Pair(row["query"], row["positive"], row["pool"]) for row in rows]
     if limit is not None and limit < len(known):
         known = random.Random(seed).sample(known, limit)
     lists = mine_lists(documents, known, depth=depth if model is None else 2 * depth, progress=progress)

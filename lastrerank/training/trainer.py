@@ -18,6 +18,7 @@ from lastrerank import saving
 from lastrerank.adapters import write_adapter
 from lastrerank.checkpoint import Checkpoint
 from lastrerank.cpus import available_cpus
+from lastrerank.isolation import isolated
 from lastrerank.kept import digest, partial_name
 from lastrerank.lists import ListPrompt
 from lastrerank.model import LastLayerProjections, LayerWeights, Model, ModelWeights
@@ -108,6 +109,13 @@ class TrainingConfig:
         return cls(**fitting)
 
 
+# What a field may be, beside a number of its kind that is not negative.
+_BOUNDS = {
+    "lists_per_step": (1, math.inf), "doc_tokens": (1, math.inf), "query_tokens": (1, math.inf), "easy_start": (0, 1),
+    "crowded": (0, 1), "warmup": (0, 1), "temperature": (1e-3, math.inf),
+}  # fmt: skip
+
+
 class Trainer:
     """Trains a checkpoint on lists. State is everything needed to go on exactly: weights, optimiser, step.
 
@@ -132,9 +140,17 @@ class Trainer:
             raise ValueError(f"{checkpoint.name} is of the family {checkpoint.family.name!r}: only listwise ones train")
         if config.lora_rank and (checkpoint.adapter is not None or checkpoint.config.quantised):
             what = "an adapter over another model" if checkpoint.adapter is not None else "int8"
-            raise ValueError(f"lora_rank is {config.lora_rank}: {checkpoint.name} is {what}; save it as a whole first")
+            whole = f"lastrerank convert {checkpoint.name} FOLDER --dtype float32"
+            raise ValueError(f"lora_rank is {config.lora_rank}: {checkpoint.name} is {what}; start from what `{whole}` "
+                             "makes of it")  # fmt: skip
+        for name, (least, most) in _BOUNDS.items():
+            for value in config.temperature if name == "temperature" else (getattr(config, name),):
+                if not least <= value <= most:
+                    raise ValueError(f"{name} is {value}, expected {least} to {most}")
         if not config.average < 1:
             raise ValueError(f"average is {config.average}, expected less than 1")
+        if not config.hard + config.easy:
+            raise ValueError("hard and easy are 0: a list of one document teaches no order")
         for name in ("hard", "doc_tokens"):
             least, most = getattr(config, f"{name}_least"), getattr(config, name)
             if least > most:
@@ -183,7 +199,8 @@ class Trainer:
         last = self.config.steps if until is None else min(until, self.config.steps)
         started = time.perf_counter()
         for lists in self.drawer.ahead(self.step, last, self.workers):
-            record = self._train_step(lists)
+            with isolated(self.device, inference=False):
+                record = self._train_step(lists)
             record["tokens_per_s"] = record["tokens"] / (time.perf_counter() - started)
             started = time.perf_counter()
             log.write(json.dumps(record) + "\n")
@@ -217,7 +234,7 @@ class Trainer:
 
         weights = {"rank": config.rank, "disperse": config.disperse, "dual": config.dual, "similar": config.similar,
                    "distill": config.distill}
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         found: dict[str, list[torch.Tensor]] = {}
         counts = [len(drawn.block.doc_rows) + 1 for drawn in lists]
         for drawn, own in zip(lists, vectors.split(counts), strict=True):
@@ -256,7 +273,8 @@ class Trainer:
         if example.copy_of is not None:
             losses["similar"] = similar_loss(originals, docs[[c for c in example.copy_of if c >= 0]], t)
         if config.distill and example.teacher is not None:
-            losses["distill"] = distill_loss(scores, torch.tensor(example.teacher, device=self.device), t)
+            teacher = torch.tensor(example.teacher, dtype=torch.float32, device=self.device)
+            losses["distill"] = distill_loss(scores, teacher, t)
         return losses
 
     def _low_rank_updates(self) -> dict[str, torch.Tensor]:
@@ -266,9 +284,9 @@ class Trainer:
         for name, weight in self.parameters.items():
             if rank and name.endswith("_proj.weight"):
                 out, width = weight.shape
-                a = torch.randn(rank, width, generator=generator) * width**-0.5
+                a = torch.randn(rank, width, generator=generator, dtype=torch.float32) * width**-0.5
                 updates[f"{name}.lora_a"] = a.to(self.device)
-                updates[f"{name}.lora_b"] = torch.zeros(out, rank, device=self.device)
+                updates[f"{name}.lora_b"] = torch.zeros(out, rank, dtype=torch.float32, device=self.device)
         return updates
 
     @torch.no_grad()
@@ -285,11 +303,12 @@ class Trainer:
         if not self.low_rank:
             return current
         scale = self.config.lora_alpha / self.config.lora_rank
-        return {
-            name: current[name] + scale * (current[f"{name}.lora_b"] @ current[f"{name}.lora_a"])
-            if f"{name}.lora_a" in self.low_rank else current[name]
-            for name in self.parameters
-        }  # fmt: skip
+        with torch.autocast(self.device.type, enabled=False):  # a checkpoint is saved in whatever the caller has set
+            return {
+                name: current[name] + scale * (current[f"{name}.lora_b"] @ current[f"{name}.lora_a"])
+                if f"{name}.lora_a" in self.low_rank else current[name]
+                for name in self.parameters
+            }  # fmt: skip
 
     def weights(self) -> ModelWeights:
         """The parameters as a model's weights, packed by differentiable concatenation."""
