@@ -13,7 +13,8 @@ WHEEL = (
     "lastrerank/__init__.py", "lastrerank/py.typed", "lastrerank/kernels/attention.py", "lastrerank/demo.json",
     "lastrerank/kernels/attention_hopper.py",
     "lastrerank/models/lastrerank-43m/model.safetensors", "lastrerank/models/lastrerank-43m/README.md",
-    "lastrerank/server/page.html", "licenses/LICENSE", "licenses/lastrerank/LICENSE-MPL-2.0.txt",
+    "lastrerank/server/page.html", "lastrerank/server/docs.html",
+    "licenses/LICENSE", "licenses/lastrerank/LICENSE-MPL-2.0.txt",
 )  # fmt: skip
 SOURCES = ("pyproject.toml", "CMakeLists.txt", "csrc/kernels.cpp", "kernels/attention.py", "README.md", "LICENSE")
 MOST_MEGABYTES = 80
