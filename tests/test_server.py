@@ -20,7 +20,7 @@ import torch
 from bench.serving import serving
 from lastrerank import Reranker
 from lastrerank.engine import Engine
-from lastrerank.server import Limits, create_app, dialects, limits
+from lastrerank.server import Limits, create_app, dialects, limits, openapi
 from lastrerank.server.openapi import RerankAnswer, kinds
 
 QUERY = "how do I print"
@@ -567,9 +567,12 @@ def test_a_family_of_pairs(pairs, documents):
 
 
 def test_every_field_is_documented():
+    """In the OpenAPI description, and in the same words on the page."""
     text = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
+    schemas = openapi.description(["/v1/rerank", "/score", "/v1/ranking"], False)["components"]["schemas"]
     for body in (dialects.RerankBody, dialects.ScoreBody, dialects.RankingBody):
         for name in body.__struct_fields__:
-            assert f"`{name}`" in text, (body.__name__, name)
+            said = schemas[body.__name__]["properties"][name]["description"]
+            assert re.search(rf"^\| .*`{name}`.* \| {re.escape(said)} \|$", text, re.MULTILINE), (body.__name__, name)
     for path in limits.OPEN:
         assert f"`{path}`" in text, path

@@ -108,6 +108,29 @@ def kinds(path: str) -> tuple[Any, Any]:
     return RerankBody, _OR_TEIS if path in _TEIS else RerankAnswer
 
 
+# What the fields of bodies do. docs/server.md has the same lines.
+_FIELDS: dict[tuple[str, ...], str] = {
+    ("query",): "what is asked",
+    ("documents", "texts", "input", "passages"): "what is ranked: strings, or objects with `text`; `texts` is TEI's, "
+                                                 "`input` Mixedbread's, `passages` NVIDIA's",
+    ("model",): "checked against the server's names",
+    ("top_n", "top_k"): "results wanted, the smaller of both",
+    ("score_threshold",): "results below it are left out",
+    ("return_documents", "return_text", "return_input"): "whether texts come back",
+    ("return_embeddings",): "whether vectors do, of the listwise family",
+    ("rank_fields",): "of documents that are objects what is ranked by: their values, a line each",
+    ("instruction",): "where the family has a place for it",
+    ("max_doc_length", "max_query_length"): "caps in tokens",
+    ("max_tokens_per_doc", "truncate_prompt_tokens"): "bound a document's cap, and don't lift it",
+    ("truncation", "truncate"): "false, or NVIDIA's `NONE`: a text over its cap is refused instead of cut",
+    ("truncation_direction", "truncation_side"): "where texts are cut: `right`, nothing else",
+    ("raw_scores", "activation", "use_activation"): "scores before the family's activation, or after it",
+    ("block_size", "orders"): "as of `Reranker.rerank`",
+    ("max_chunks_per_doc",): "nothing but null",
+    ("user", "priority", "request_id", "return_len"): "change nothing",
+    ("text_1", "queries", "data_1"): "of `/score`: a text, or as many as it is scored against",
+    ("text_2", "items", "data_2"): "of `/score`: what is scored against it; `queries` go with `documents` or `items`",
+}
 
 _DOCUMENTS = ["Paris is the capital of France.", "The Rhine is a river."]
 _QUERY = "What is the capital of France?"
@@ -154,6 +177,9 @@ def description(posts: Sequence[str], has_key: bool, root_path: str = "") -> dic
     used = list(dict.fromkeys(kind for path in posts for kind in kinds(path)))
     refs, schemas = msgspec.json.schema_components(used, ref_template="#/components/schemas/{name}")
     by_kind = dict(zip(used, refs, strict=True))
+    for kind in {kinds(path)[0] for path in posts}:
+        for name, field in schemas[kind.__name__]["properties"].items():
+            field["description"] = next(text for names, text in _FIELDS.items() if name in names)
     schemas["Error"] = {
         "type": "object", "required": ["error", "detail"],
         "properties": {
