@@ -94,15 +94,12 @@ def rerank_file(
             raise ValueError(f"{name} is '-', expected a file: what it holds is not done again")
         if not path.resolve().parent.is_dir():
             raise ValueError(f"{name} is {path}, whose folder isn't there")
-    instructions: set[str | None] = {None}
     for one in requests:
         reranker.encoder.check(one.request, f"{one.where}.")
-        if one.request.instruction not in instructions:  # only tokenising shows how long it is
-            instructions.add(one.request.instruction)
-            try:
-                reranker.encode(replace(one.request, documents=[]))
-            except ValueError as error:
-                raise ValueError(f"{one.where}: {error}") from error
+        try:  # only tokenising shows whether query and instruction are too long
+            reranker.encode(replace(one.request, documents=[]))
+        except ValueError as error:
+            raise ValueError(f"{one.where}: {error}") from error
     if trec is not None:
         _check_trec(requests, Path(trec), (target, kept))
     wanted = [[vars(one.request) | {"documents": list(one.request.documents)}, one.id] for one in requests]

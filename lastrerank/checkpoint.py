@@ -233,7 +233,7 @@ def open_checkpoint(
             with Tensors(folder) as tensors:
                 return any(PROJECTOR.fullmatch(tensor) for tensor in tensors.names())
 
-        family = recognise(base, folder, raw, has_projector, read_json, tokenizer)
+        family = recognise(base, folder, raw, has_projector, tokenizer)
     files = (*small, *(FileState.of(path) for path in weight_files(folder)[0]), *before)
     return Checkpoint(name, folder, raw, config, family, tokenizer, tokenizer_config, files, adapter, base)
 
@@ -335,7 +335,7 @@ def _prefixes(tokenizer: Tokenizer) -> bool:
     """Whether a text that begins with a letter is encoded as one that a space stands before."""
     raw = json.loads(bare_tokenizer(tokenizer, BPE()).to_str())  # without the vocabulary: it may be large
     said = json.dumps([raw["normalizer"], raw["pre_tokenizer"]])
-    return any(mark in said for mark in ('"add_prefix_space": true', '"prepend', '"Prepend"'))
+    return re.search('"add_prefix_space": true|"prepend_scheme": "(always|first)"|"prepend": "', said) is not None
 
 
 def _load(

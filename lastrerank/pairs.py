@@ -28,7 +28,8 @@ class PairPrompt:
     default_instruction: where there always is one.
     strip: white space around both texts goes.
     max_length: tokens, unless the request gives a cap of its own for documents. Texts are cut on the right: the
-        document, then what stands before it in its piece (of which a cap for documents leaves all but the query's end).
+        document, then what stands before it in its piece; where the request has a cap for documents, of that only the
+        query's end.
     frame_counts: whether pieces before the first and after the last text count in `max_length`.
     query_share: of `max_length`, what a query's own piece may take.
     """

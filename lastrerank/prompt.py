@@ -207,17 +207,16 @@ class PieceEncoder:
             if reachable & set(plain.encode(content, add_special_tokens=False).ids):
                 raise ValueError(f"tokenizer.json: the text {content!r} encodes to a control token even as plain text")
 
-        self._plain = plain
+        self._plain, whole = plain, _untrimmed(tokenizer)
         # What user text is encoded with; segments of the prompt hold no control token, so either serves them.
         self.texts = TextEncoder(plain, cache_bytes=cache_bytes)
         if control_tokens_in_text:
-            self.texts = TextEncoder(_untrimmed(tokenizer), self.control_ids, cache_bytes)
+            self.texts = TextEncoder(whole, self.control_ids, cache_bytes)
         self._controls = re.compile(
             "(" + "|".join(re.escape(c) for c in sorted(self.control_ids, key=len, reverse=True)) + ")"
         )
         self._pieces = lru_cache(maxsize=4096)(self.encode)
         self._boundary = lru_cache(maxsize=65536)(self._is_boundary)
-        whole = _untrimmed(tokenizer)
         for part in (substitute(part, {}, "") for part in prompt):
             if whole.encode(part, add_special_tokens=False).ids != self.fixed(part).tolist():
                 raise ValueError(f"tokenizer.json: a text behind a control token has other ids than by itself, in "

@@ -301,9 +301,9 @@ class Reranker(CrossEncoderFace):
             # A classifier is fp32, whatever the dtype is; so is what is computed with in fp32 and isn't this dtype's.
             for name, tensor in state.items():
                 small = tensor.to(DTYPES[self.dtype])
-                if not torch.isfinite(small).all():
-                    raise ValueError(f"{name} has numbers that are too large for {self.dtype}")
                 if name != "score.weight" and (tensor.dtype != torch.float32 or torch.equal(small.float(), tensor)):
+                    if not torch.isfinite(small).all():
+                        raise ValueError(f"{name} has numbers that are too large for {self.dtype}")
                     state[name] = small
         raw = self._with_family(raw)
         limits = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.config.max_context}

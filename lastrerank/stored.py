@@ -36,13 +36,25 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, no regular file, too large, or no JSON object; the message names it.
     """
-    try:
-        value = json.loads(read_bytes(path, _MOST_JSON).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: not JSON: {error}") from error
+    value = _json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The same of one that holds a list."""
+    value = _json(path)
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: expected a JSON list, got {type(value).__name__}")
+    return value
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(read_bytes(path, _MOST_JSON).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: not JSON: {error}") from error
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -143,13 +143,15 @@ def test_equal_scores_of_a_run_are_ordered_as_trec_eval_does(dataset_folder, tmp
 
 def test_a_query_that_is_a_document_is_not_found_by_itself(tmp_path):
     """ArguAna; a document whose id is the query's by chance stays."""
-    documents = {"a": "one claim about apples", "b": "a claim about apples, too", "1": "some apples"}
-    queries = {"a": "one  claim about apples", "1": "claim about apples"}
-    dataset = read_beir(write_dataset(tmp_path / "d", documents, queries, {"a": {"b": 1}, "1": {"1": 1}}), "dev")
-    found = bm25_candidates(dataset, 2)
-    assert found["a"] == ["b", "1"] and len(found["1"]) == 2
-    (tmp_path / "run").write_text("a Q0 a 1 2 x\na Q0 b 2 1 x\n1 Q0 1 1 2 x\n")
-    assert read_trec_run(tmp_path / "run", dataset, 1) == {"a": ["b"], "1": ["1"]}
+    documents = {"a": "one claim about apples", "b": "a claim about apples, too", "1": "claim about apples, and more",
+                 "2": "some claim about apples"}  # fmt: skip
+    queries = {"a": "one  claim about apples", "1": "claim about apples", "2": "claim about apples"}
+    qrels = {"a": {"b": 1}, "1": {"b": 1}, "2": {"2": 1}}
+    dataset = read_beir(write_dataset(tmp_path / "d", documents, queries, qrels), "dev")
+    found = bm25_candidates(dataset, 4)
+    assert sorted(found["a"]) == ["1", "2", "b"] and len(found["1"]) == len(found["2"]) == 4
+    (tmp_path / "run").write_text("a Q0 a 1 2 x\na Q0 b 2 1 x\n1 Q0 1 1 2 x\n2 Q0 2 1 2 x\n")
+    assert read_trec_run(tmp_path / "run", dataset, 1) == {"a": ["b"], "1": ["1"], "2": ["2"]}
 
 
 def test_two_datasets_of_one_name_and_unknown_orders_are_refused_at_once(dataset_folder, tmp_path, small_reranker):

@@ -413,15 +413,23 @@ DEFAULT = FAMILIES["qwen3-reranker"].prompt.default_instruction
     ({"config_sentence_transformers.json": {"prompts": {"law": "Find rulings"}, "default_prompt_name": "law"}},
      "the prompt 'law' that is its default is 'Find rulings', which is not 'qwen3-reranker''s"),
     ({"config_sentence_transformers.json": {"default_prompt_name": "law"}}, "the prompt 'law' that is its default is"),
-    ({"1_LogitScore/config.json": {"true_token_id": 9, "false_token_id": 2, "bias": -2.0}}, "bias is -2.0, a field"),
+    ({"1_LogitScore/config.json": {"module_input_name": "causal_logits"}}, None),
+    ({"1_LogitScore/config.json": {"module_input_name": "other"}}, "module_input_name is 'other', a field that"),
+    ({"1_LogitScore/config.json": {"bias": -2.0}}, "bias is -2.0, a field"),
+    ({"config_sentence_transformers.json": {"prompts": {"q": "Given a web search query"}, "default_prompt_name": "q"}},
+     "the prompt 'q' that is its default is 'Given a web search query', which is not"),
+    ({"config_sentence_transformers.json": {"prompts": {"q": ""}, "default_prompt_name": "q"}}, "the prompt 'q' tha"),
     ({"chat_template.jinja": FAMILIES["qwen3-reranker"].signature[0] + "{{query}} {{document}}"}, "no family says how"),
     ({"modules.json": [{"type": "sentence_transformers.models.Transformer"}, {"type": "x.LogitScore"}]}, None),
     ({"modules.json": [{"type": "x.Transformer"}, {"type": "x.LogitScore"}, {"type": "x.Dense"}]}, "'x.Dense' is"),
+    ({"modules.json": {"type": "x.Transformer"}}, "modules.json: expected a JSON list"),
 ])  # fmt: skip
 def test_what_sentence_transformers_would_do_otherwise_is_refused(bare, tokenizer, files, message):
     folder = bare(logits=logits_of("qwen3-reranker", tokenizer))
     files = {"chat_template.jinja": " ".join(FAMILIES["qwen3-reranker"].signature), **files}
     for name, content in files.items():
+        if name == "1_LogitScore/config.json":
+            content = json.loads((folder / name).read_text()) | content
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     if message is None:
         assert Reranker.from_pretrained(folder).family.name == "qwen3-reranker"

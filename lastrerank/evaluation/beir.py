@@ -90,7 +90,7 @@ def read_beir(
         judged = sorted(random.Random(seed).sample(judged, max_queries), key=judged.index)
     if not qrels:
         raise ValueError(f"{path}: nothing is judged there")
-    name, query_name = (folder.resolve().name for folder in (root, query_root))
+    name, query_name = (Path(os.path.abspath(folder)).name for folder in (root, query_root))
     name = name if query_folder is None else f"{query_name}>{name}"
     return BeirDataset(name, split, documents, {q: texts[q] for q in judged}, {q: qrels[q] for q in judged})
 

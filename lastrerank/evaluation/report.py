@@ -38,7 +38,7 @@ def first_stage(
     `evaluate`."""
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1")
-    names = [Path(folder).resolve().name for folder in folders]
+    names = [Path(os.path.abspath(folder)).name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"folders are {list(map(str, folders))}: two of one name, by which results are kept")
 

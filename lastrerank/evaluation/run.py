@@ -44,12 +44,12 @@ def bm25_candidates(dataset: BeirDataset, depth: int) -> Ranking:
 
 
 def is_itself(dataset: BeirDataset, query: str, document: str) -> bool:
-    """Whether a document is the query: where queries are documents (ArguAna), it has the query's id and its text.
-    BEIR's evaluation leaves such ones out; it goes by ids alone, which elsewhere may be equal by chance."""
-    if query != document or document not in dataset.documents:
+    """Whether a document is the query: where queries are documents (ArguAna), it has the query's id and, after its
+    title, its text, and is no answer. BEIR's evaluation goes by ids alone, which elsewhere may be equal by chance."""
+    if query != document or document in dataset.qrels.get(query, {}) or document not in dataset.documents:
         return False
     ours, theirs = (" ".join(text.split()) for text in (dataset.queries[query], dataset.documents[document]))
-    return ours in theirs
+    return f" {theirs}".endswith(f" {ours}")
 
 
 def read_trec_run(path: str | os.PathLike[str], dataset: BeirDataset, depth: int) -> Ranking:

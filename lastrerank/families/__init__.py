@@ -17,6 +17,7 @@ from lastrerank.families.family import Cosine, Family, Logit, repository_name
 from lastrerank.families.listwise import LISTWISE, LISTWISE_GGUF
 from lastrerank.families.pointwise import CTXL_RERANK_V2, MXBAI_RERANK_V2, QWEN3_RERANKER, ZERANK
 from lastrerank.pairs import PairPrompt
+from lastrerank.stored import read_json, read_json_list
 
 __all__ = [
     "ALIASES", "FAMILIES", "MODULES", "PROMPT_FILES", "SENTENCE_TRANSFORMERS", "Cosine", "Family", "Logit", "named",
@@ -41,6 +42,8 @@ ALIASES = {
 _TEMPLATES = {"transformers": LISTWISE, "gguf": LISTWISE_GGUF}
 # Which logits sentence-transformers reads.
 SENTENCE_TRANSFORMERS = "1_LogitScore/config.json"
+# What else stands in that file and changes nothing: the logits it reads are those of the language model's head.
+_LOGITS_AS_ALWAYS = (("module_input_name", None), ("module_input_name", "causal_logits"))
 # Where its prompts and templates are, and what is done beside reading logits.
 _PROMPTS, MODULES = "config_sentence_transformers.json", "modules.json"
 PROMPT_FILES = (_PROMPTS, "chat_template.jinja", "tokenizer_config.json")
@@ -64,7 +67,6 @@ def recognise(
     folder: Path,
     raw: Mapping[str, Any],
     has_projector: Callable[[], bool],
-    read_json: Callable[[Path], Mapping[str, Any]],
     tokenizer: Tokenizer,
 ) -> Family:
     """The family of a checkpoint, by the first of these that says one: the `lastrerank` object of its configuration; a
@@ -76,7 +78,6 @@ def recognise(
         name: a Hub id, or the folder's name.
         raw: the parsed `config.json`.
         has_projector: whether there is one among the tensors; looked at where nothing is said before.
-        read_json: reads a file of the folder.
         tokenizer: the checkpoint's.
 
     Raises:
@@ -101,11 +102,11 @@ def recognise(
         if family.repositories and re.fullmatch(family.repositories, repository_name(name), re.IGNORECASE):
             found["its name"] = family
     if (folder / SENTENCE_TRANSFORMERS).exists():
-        ids = _logits(folder, read_json)
+        ids = _logits(folder)
         known = next((family for family in FAMILIES.values() if _reads(family, tokenizer) == ids), None)
         if known is not None and ("its name" in found or _has_prompt(folder, known)):
             if "its name" not in found:  # a public checkpoint's contract is known
-                _check_sentence_transformers(folder, known, read_json)
+                _check_sentence_transformers(folder, known)
             found[SENTENCE_TRANSFORMERS] = known
         elif known is None:
             raise ValueError(
@@ -129,14 +130,8 @@ def _only(name: str, found: Mapping[str, Family]) -> Family:
     return families[0]
 
 
-def _logits(folder: Path, read_json: Callable[[Path], Mapping[str, Any]]) -> tuple[int | None, int | None]:
+def _logits(folder: Path) -> tuple[int | None, int | None]:
     raw = read_json(folder / SENTENCE_TRANSFORMERS)
-    for name, value in raw.items():
-        if name not in ("true_token_id", "false_token_id") and value is not None:
-            raise ValueError(
-                f"{folder / SENTENCE_TRANSFORMERS}: {name} is {value!r:.80}, a field that lastrerank doesn't know: it "
-                "may change the score; name the family by family= if it doesn't"
-            )
     ids = raw.get("true_token_id"), raw.get("false_token_id")
     if not all(value is None or type(value) is int for value in ids):
         raise ValueError(f"{folder / SENTENCE_TRANSFORMERS}: token ids are {ids}, expected integers or null")
@@ -159,23 +154,32 @@ def _reads(family: Family, tokenizer: Tokenizer) -> tuple[int, int | None] | Non
     return None
 
 
-def _check_sentence_transformers(
-    folder: Path, family: Family, read_json: Callable[[Path], Mapping[str, Any]]
-) -> None:
+def _check_sentence_transformers(folder: Path, family: Family) -> None:
     """Raises ValueError where its files make another score than the family."""
     assert isinstance(family.prompt, PairPrompt)
+    for field, value in read_json(folder / SENTENCE_TRANSFORMERS).items():
+        if field not in ("true_token_id", "false_token_id") and (field, value) not in _LOGITS_AS_ALWAYS:
+            raise ValueError(
+                f"{folder / SENTENCE_TRANSFORMERS}: {field} is {value!r:.80}, a field that lastrerank doesn't know: it "
+                "may change the score; name the family by family= if it doesn't"
+            )
     if (folder / _PROMPTS).exists():
         raw = read_json(folder / _PROMPTS)
         prompts, name = raw.get("prompts"), raw.get("default_prompt_name")
         prompt = prompts.get(name) if isinstance(prompts, Mapping) and isinstance(name, str) else None
-        known = (family.prompt.default_instruction or "", *family.prompt.texts())
-        if name is not None and not (isinstance(prompt, str) and any(prompt in text for text in known)):
+        if name is not None and not (isinstance(prompt, str) and prompt.strip() in _own_texts(family.prompt)):
             raise ValueError(
                 f"{folder / _PROMPTS}: the prompt {name!r:.80} that is its default is {prompt!r:.160}, which is not "
                 f"{family.name!r}'s: name the family by family= and give it as an instruction"
             )
     if (folder / MODULES).exists():
-        kinds = re.findall(r'"type"\s*:\s*"([^"]*)"', (folder / MODULES).read_text(encoding="utf-8", errors="replace"))
-        others = [kind for kind in kinds if kind.rpartition(".")[2] not in ("Transformer", "LogitScore")]
-        if others:
-            raise ValueError(f"{folder / MODULES}: {others[0]!r:.80} is a module that lastrerank doesn't have")
+        modules = read_json_list(folder / MODULES)
+        for kind in (module.get("type") if isinstance(module, Mapping) else module for module in modules):
+            if not isinstance(kind, str) or kind.rpartition(".")[2] not in ("Transformer", "LogitScore"):
+                raise ValueError(f"{folder / MODULES}: {kind!r:.80} is a module that lastrerank doesn't have")
+
+
+def _own_texts(prompt: PairPrompt) -> set[str]:
+    """What a default prompt may be: the instruction, or a part of the frame, with or without the role's line."""
+    parts = [part.strip() for text in prompt.texts() for part in re.split(r"<\|[^|]*\|>", text)]
+    return {prompt.default_instruction or "", *parts, *(part.partition("\n")[2].strip() for part in parts)} - {""}

@@ -106,14 +106,21 @@ class TrainingData:
         for row in self.rows:
             self._by_pool.setdefault(row.pool, []).append(row)
         for pool, weight in (weights or {}).items():
-            if pool not in self._by_pool:
-                raise ValueError(f"weights has the pool {pool!r:.80}, expected of {sorted(self._by_pool)!s:.200}")
+            if pool not in positives:
+                raise ValueError(f"weights has the pool {pool!r:.80}, expected of {sorted(positives)!s:.200}")
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"weights: {pool!r:.80} has {weight}, expected a finite number, 0 or more")
+        if weights is not None and not any(weights.get(pool) for pool in self._by_pool):
+            raise ValueError(f"weights is {weights!s:.200}: no pool that has lists would be drawn")
         self._pools = list(self._by_pool)
         self._weights = [
             len(self._by_pool[pool]) if weights is None else weights.get(pool, 0.0) for pool in self._pools
         ]
+
+    @property
+    def bare(self) -> int:
+        """Lists that have no mined negative."""
+        return sum(not self._negatives(row) for row in self.rows)
 
     @property
     def pools(self) -> dict[str, list[ListRow]]:
@@ -158,9 +165,14 @@ class TrainingData:
         )
 
     def _negatives(self, row: ListRow) -> list[int]:
-        """Which of a row's negatives are some: a query's other answers are none, nor is what has an answer's text."""
+        """Which of a row's negatives are some: a query's other answers are none, nor is what has an answer's text, and
+        of a text one is enough."""
         answers = self._answers[row.pool, row.query]
-        return [place for place, number in enumerate(row.negatives) if self._same[number] not in answers]
+        places: dict[int, int] = {}
+        for place, number in enumerate(row.negatives):
+            if self._same[number] not in answers:
+                places.setdefault(self._same[number], place)
+        return list(places.values())
 
 
 def labelled(logits: Sequence[float], label: float, positive: int) -> list[float]:
@@ -275,7 +287,10 @@ def _document_of(name: object, numbers: Mapping[Any, int], what: str) -> int:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def write_lists(folder: str | os.PathLike[str], documents: Iterable[str], lists: Iterable[dict[str, Any]]) -> Path:

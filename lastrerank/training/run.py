@@ -105,7 +105,7 @@ def _train(
     elif layers is not None:
         raise ValueError(f"layers is {layers}: {start} is no plain decoder, all of its layers are trained")
     begin = None if plain else open_checkpoint(start)
-    names = [Path(folder).resolve().name for folder in dev]
+    names = [Path(os.path.abspath(folder)).name for folder in dev]
     if len(set(names)) < len(names):
         raise ValueError(f"dev has folders of one name ({names}): scores are kept by it")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
@@ -134,7 +134,7 @@ def _train(
         trainer.load_state(state)
         records = [row for row in _read_log(log_path) if row["step"] <= trainer.step]
         steps = sum("grad_norm" in row for row in records)
-        if steps != trainer.step:
+        if sets and steps != trainer.step:
             raise ValueError(f"{log_path} has {steps} of the {trainer.step} steps that {state} has made, so the best "
                              "so far isn't known: put it back, or name another output")  # fmt: skip
         logger.warning("%s: going on from step %d of %d", target, trainer.step, config.steps)

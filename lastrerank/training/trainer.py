@@ -151,6 +151,8 @@ class Trainer:
             raise ValueError(f"average is {config.average}, expected less than 1")
         if not config.hard + config.easy:
             raise ValueError("hard and easy are 0: a list of one document teaches no order")
+        if not config.easy and data.bare:
+            raise ValueError(f"easy is 0: {data.bare} lists have no mined negative and would be of one document")
         for name in ("hard", "doc_tokens"):
             least, most = getattr(config, f"{name}_least"), getattr(config, name)
             if least > most:
@@ -303,7 +305,7 @@ class Trainer:
         if not self.low_rank:
             return current
         scale = self.config.lora_alpha / self.config.lora_rank
-        with torch.autocast(self.device.type, enabled=False):  # a checkpoint is saved in whatever the caller has set
+        with torch.autocast(self.device.type, enabled=False):  # saving happens outside of `isolated`
             return {
                 name: current[name] + scale * (current[f"{name}.lora_b"] @ current[f"{name}.lora_a"])
                 if f"{name}.lora_a" in self.low_rank else current[name]
