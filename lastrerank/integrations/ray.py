@@ -39,7 +39,8 @@ def deployment(
     Args:
         model: folder (on every node), bundled name or Hub id.
         replicas: fixed number; or `autoscaling`: Ray Serve's autoscaling settings. Default: one replica.
-        cpus, gpus: of a replica. A CPU replica uses that many threads.
+        cpus: of a replica, which uses that many threads.
+        gpus: of a replica.
         max_ongoing_requests: sent to a replica at once; its engine packs them.
         engine: arguments of `Engine`.
         api_key: as in `create_app`.
