@@ -306,8 +306,8 @@ void linear_i8(int threads, const float* x, long ldx, long m, long k, const int8
                      p + 1 < last ? share_of(next, steps, (r - row) / kPairRows, products) : kNothing);
       } else {
         in_tiles<kRowsI8>(row, end, [&](auto some, long r) {
-          tile_integers<some.value>(q + r * width, width, rs + r, kZero, panel, width / kWord, scales + column, sums + column,
-                                    shift, target + (r - row) * ldc, ldc, false, columns);
+          tile_integers<some.value>(q + r * width, width, rs + r, kZero, panel, width / kWord, scales + column,
+                                    sums + column, shift, target + (r - row) * ldc, ldc, false, columns);
         });
       }
     }

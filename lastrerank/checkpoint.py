@@ -64,6 +64,8 @@ _LM_HEAD, _CLASSIFIER = "lm_head.weight", "score.weight"
 _LABELS = (("no", "yes"), ("0", "1"))
 # `Operations.prepare`.
 Prepare = Callable[[torch.Tensor, torch.Tensor | None], Weight]
+# In which an added token may be found other than by itself.
+_WAYS = ("lstrip", "rstrip", "single_word")
 # A tokenizer of a million tokens is under 100 MB.
 _MOST_TOKENIZER = 512 << 20
 
@@ -303,16 +305,13 @@ def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any])
     if tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"{path}: post_processor adds tokens around every text, which no prompt here has")
     for token in tokenizer.get_added_tokens_decoder().values():
-        for way in ("lstrip", "rstrip", "single_word"):
-            if getattr(token, way):
-                raise ValueError(f"{path}: {way} of {token.content!r:.80} is true: it eats what stands beside it")
+        _check_added(path, {way: getattr(token, way) for way in ("content", *_WAYS)})
     where = path.with_name("tokenizer_config.json")
     added = tokenizer_config.get("added_tokens_decoder")
     for number, token in (added.items() if isinstance(added, dict) else ()):
         content = token.get("content") if isinstance(token, dict) else None
-        for way in ("lstrip", "rstrip", "single_word"):
-            if isinstance(token, dict) and token.get(way):
-                raise ValueError(f"{where}: {way} of {content!r:.80} is true: it eats what stands beside it")
+        if isinstance(token, dict):
+            _check_added(where, token)
         if not isinstance(content, str) or str(tokenizer.token_to_id(content)) != str(number):
             own = tokenizer.token_to_id(content) if isinstance(content, str) else None
             raise ValueError(
@@ -329,6 +328,12 @@ def _tokenizer(path: Path, vocab_size: int, tokenizer_config: Mapping[str, Any])
     if tokenizer_config.get("add_prefix_space") is True and not _prefixes(tokenizer):
         raise ValueError(f"{where}: add_prefix_space is true, but tokenizer.json puts no space before a text")
     return tokenizer
+
+
+def _check_added(where: Path, token: Mapping[str, Any]) -> None:
+    for way in _WAYS:
+        if token.get(way):
+            raise ValueError(f"{where}: {way} of {token.get('content')!r:.80} is true: it eats what stands beside it")
 
 
 def _prefixes(tokenizer: Tokenizer) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import glob
 import json
 import os
 import re
@@ -230,9 +229,8 @@ def _alone(folder: Path) -> Iterator[None]:
 def _sweep(target: Path) -> None:
     """Finish what saves that were killed have left beside the folder: what is someone's goes back, after an hour the
     rest goes."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        if not re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9]+-[0-9a-f]+\.partial", left.name):
-            continue  # of a folder whose name begins like this one's
+    own = re.compile(rf"\.{re.escape(target.name)}\.[0-9]+-[0-9a-f]+\.partial")  # as `partial_name` makes them
+    for left in filter(lambda path: own.fullmatch(path.name), target.parent.iterdir()):
         try:
             if left.is_dir() and target.is_dir():
                 _give_back(left, target, _checkpoint_files(left))

@@ -255,6 +255,23 @@ def test_lists_of_the_bundled_checkpoint(tmp_path, monkeypatch):
     assert {row.query for row in data.rows if row.pool == "lo-index-x/en"} <= {"druck eins", "druck zwei"}
 
 
+def test_the_bundled_recipe_goes_on_from_nothing_else(tmp_path, monkeypatch):
+    """What is kept is of its data and settings; what has no word of them is somebody else's."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr("sys.argv", ["bundled", str(tmp_path / "data"), str(tmp_path / "out")])
+    reached = []
+    monkeypatch.setattr(bundled, "sampled_lists", lambda data, output: reached.append(data) or exit(0))
+    for refused, change in ((False, None), (False, None), (True, ("data/pairs.jsonl", "{}")), (True, ("out/x", ""))):
+        if change is not None:
+            (tmp_path / change[0]).write_text(change[1])
+        with pytest.raises(SystemExit, match="is of other data or another recipe" if refused else "^0$"):
+            bundled.main()
+    assert len(reached) == 2
+    (tmp_path / "out" / "made_of.json").unlink()
+    with pytest.raises(SystemExit, match="is of other data or another recipe"):
+        bundled.main()
+
+
 def test_a_gguf_file_holds_the_same_decoder(tmp_path):
     gguf = pytest.importorskip("gguf")
     source, model = decoder(tmp_path / "decoder", "llama")

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,20 @@ def read_beir(
         judged = sorted(random.Random(seed).sample(judged, max_queries), key=judged.index)
     if not qrels:
         raise ValueError(f"{path}: nothing is judged there")
-    name, query_name = (Path(os.path.abspath(folder)).name for folder in (root, query_root))
-    name = name if query_folder is None else f"{query_name}>{name}"
+    name = name_of(root) if query_folder is None else f"{name_of(query_root)}>{name_of(root)}"
     return BeirDataset(name, split, documents, {q: texts[q] for q in judged}, {q: qrels[q] for q in judged})
+
+
+def name_of(folder: str | os.PathLike[str]) -> str:
+    """What a dataset is called: its folder's name, of a link the link's."""
+    return Path(os.path.abspath(folder)).name
+
+
+def check_names(folders: Sequence[str | os.PathLike[str]], argument: str) -> None:
+    """Raises ValueError, which begins with the argument's name, if two datasets are called the same."""
+    names = [name_of(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{argument} is {list(map(str, folders))}: two of one name, by which results are kept")
 
 
 def lines_of(path: Path) -> list[str]:

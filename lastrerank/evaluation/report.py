@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lastrerank.evaluation.beir import BeirDataset, read_beir
+from lastrerank.evaluation.beir import BeirDataset, check_names, read_beir
 from lastrerank.evaluation.contenders import Contender
 from lastrerank.evaluation.run import (
     METRICS,
@@ -38,9 +38,7 @@ def first_stage(
     `evaluate`."""
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1")
-    names = [Path(os.path.abspath(folder)).name for folder in folders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"folders are {list(map(str, folders))}: two of one name, by which results are kept")
+    check_names(folders, "folders")
 
     def searched() -> Iterator[tuple[BeirDataset, Ranking]]:
         for folder in folders:

@@ -132,6 +132,7 @@ _FIELDS: dict[tuple[str, ...], str] = {
     ("text_2", "items", "data_2"): "of `/score`: what is scored against it; `queries` go with `documents` or `items`",
 }
 
+
 _DOCUMENTS = ["Paris is the capital of France.", "The Rhine is a river."]
 _QUERY = "What is the capital of France?"
 _EXAMPLES: dict[type, dict[str, Any]] = {

@@ -210,7 +210,8 @@ def main() -> None:
                 KEPT_TOKENS, NEW_TOKENS, CONTEXT, CAPS]  # fmt: skip
     made, made_of = output / "made_of.json", digest(data_digest(options.data), repr(settings))
     output.mkdir(parents=True, exist_ok=True)
-    if (json.loads(made.read_text()) != made_of) if made.is_file() else (output / "lists").exists():
+    before = json.loads(made.read_text()) if made.is_file() else None
+    if before != made_of and any(output.iterdir()):
         raise SystemExit(f"{output} is of other data or another recipe: name another output")
     write_file(made, json.dumps(made_of))
     if not (output / "lists" / "documents.jsonl").is_file():

@@ -118,7 +118,7 @@ class TrainingData:
         ]
 
     @property
-    def bare(self) -> int:
+    def unmined(self) -> int:
         """Lists that have no mined negative."""
         return sum(not self._negatives(row) for row in self.rows)
 

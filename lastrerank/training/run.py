@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lastrerank.checkpoint import open_checkpoint, resolve
-from lastrerank.evaluation.beir import BeirDataset, read_beir
+from lastrerank.evaluation.beir import BeirDataset, check_names, read_beir
 from lastrerank.evaluation.run import Ranking, bm25_candidates, evaluate_ranking, ordered
 from lastrerank.kept import digest, locked, read_records, write_file, write_records
 from lastrerank.progress import Progress
@@ -105,9 +105,7 @@ def _train(
     elif layers is not None:
         raise ValueError(f"layers is {layers}: {start} is no plain decoder, all of its layers are trained")
     begin = None if plain else open_checkpoint(start)
-    names = [Path(os.path.abspath(folder)).name for folder in dev]
-    if len(set(names)) < len(names):
-        raise ValueError(f"dev has folders of one name ({names}): scores are kept by it")
+    check_names(dev, "dev")
     sets = [_DevSet(read_beir(folder, "dev", max_queries=dev_queries), config.doc_tokens) for folder in dev]
     # What the weights at a step depend on, beside the recipe.
     identity: dict[str, Any] = {

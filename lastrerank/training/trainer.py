@@ -151,8 +151,8 @@ class Trainer:
             raise ValueError(f"average is {config.average}, expected less than 1")
         if not config.hard + config.easy:
             raise ValueError("hard and easy are 0: a list of one document teaches no order")
-        if not config.easy and data.bare:
-            raise ValueError(f"easy is 0: {data.bare} lists have no mined negative and would be of one document")
+        if not config.easy and data.unmined:
+            raise ValueError(f"easy is 0: {data.unmined} lists have no mined negative and would be of one document")
         for name in ("hard", "doc_tokens"):
             least, most = getattr(config, f"{name}_least"), getattr(config, name)
             if least > most:
